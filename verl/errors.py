@@ -31,3 +31,7 @@ class EngineError(SearchAgentError):
 
 class CheckpointError(SearchAgentError):
     """A checkpoint is missing, incomplete or belongs to another model."""
+
+
+class ServiceError(SearchAgentError):
+    """A service process could not be started, did not become healthy in time, or ended while it was needed."""

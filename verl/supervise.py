@@ -1,0 +1,42 @@
+"""Run one command as a process group that never outlives the process which asked for it.
+
+Usage: `python supervise.py GRACE_SECONDS COMMAND...`, with a pipe as stdin. When the other end of the pipe closes
+(on purpose, or because its owner ended in any way, `kill -9` included) the whole group gets SIGTERM and, after the
+grace, SIGKILL. Standard library only and run by path, so that it starts in milliseconds.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+
+
+def main(grace: float, command: list[str]) -> int:
+    """Run `command` until it ends or stdin closes; return its exit code, 128 + n if signal n ended it."""
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
+    threading.Thread(target=_stop_at_end_of_input, args=(child.pid, grace), daemon=True).start()
+    code = child.wait()
+    _signal_group(child.pid, signal.SIGKILL)
+    return code if code >= 0 else 128 - code
+
+
+def _stop_at_end_of_input(group: int, grace: float) -> None:
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    _signal_group(group, signal.SIGTERM)
+    time.sleep(grace)
+    _signal_group(group, signal.SIGKILL)
+
+
+def _signal_group(group: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(group, number)
+
+
+if __name__ == "__main__":
+    sys.exit(main(float(sys.argv[1]), sys.argv[2:]))
