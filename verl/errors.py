@@ -35,3 +35,7 @@ class CheckpointError(SearchAgentError):
 
 class ServiceError(SearchAgentError):
     """A service process could not be started, did not become healthy in time, or ended while it was needed."""
+
+
+class WorkerError(SearchAgentError):
+    """A worker process raised, died or could not be placed; the message carries the worker's own traceback."""

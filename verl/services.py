@@ -124,7 +124,7 @@ class Service:
             raise ServiceError(f"{self.name} ended with exit code {code}; its log ends with:\n{self.log_tail()}")
 
     def stop(self) -> None:
-        """Stop the process and its children, SIGTERM first; nothing happens if it does not run."""
+        """Stop the process (SIGTERM, SIGKILL after the grace) and what it started; do nothing if it does not run."""
         process, self._process = self._process, None
         if process is None:
             return

@@ -1,8 +1,9 @@
 """Run one command as a process group that never outlives the process which asked for it.
 
-Usage: `python supervise.py GRACE_SECONDS COMMAND...`, with a pipe as stdin. When the other end of the pipe closes
-(on purpose, or because its owner ended in any way, `kill -9` included) the whole group gets SIGTERM and, after the
-grace, SIGKILL. Standard library only and run by path, so that it starts in milliseconds.
+Usage: `python supervise.py GRACE_SECONDS COMMAND...`, with a pipe as stdin. When the other end of the pipe closes (on
+purpose, or because its owner ended in any way, `kill -9` included) the command gets SIGTERM, so that it can stop its
+own children in order; once it has ended, or after the grace, SIGKILL ends whatever is left of the group. Only the
+standard library is imported, and the file is run by its path, so that it starts in milliseconds.
 """
 
 from __future__ import annotations
@@ -19,23 +20,23 @@ from contextlib import suppress
 def main(grace: float, command: list[str]) -> int:
     """Run `command` until it ends or stdin closes; return its exit code, 128 + n if signal n ended it."""
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
-    threading.Thread(target=_stop_at_end_of_input, args=(child.pid, grace), daemon=True).start()
+    threading.Thread(target=_stop_at_end_of_input, args=(child, grace), daemon=True).start()
     code = child.wait()
-    _signal_group(child.pid, signal.SIGKILL)
+    _kill_group(child.pid)
     return code if code >= 0 else 128 - code
 
 
-def _stop_at_end_of_input(group: int, grace: float) -> None:
+def _stop_at_end_of_input(child: subprocess.Popen[bytes], grace: float) -> None:
     while os.read(sys.stdin.fileno(), 4096):
         pass
-    _signal_group(group, signal.SIGTERM)
+    child.terminate()
     time.sleep(grace)
-    _signal_group(group, signal.SIGKILL)
+    _kill_group(child.pid)
 
 
-def _signal_group(group: int, number: signal.Signals) -> None:
+def _kill_group(group: int) -> None:
     with suppress(ProcessLookupError):
-        os.killpg(group, number)
+        os.killpg(group, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,8 @@ class Turn:
             made no selection, `()` when it selected nothing.
         finished: the policy declared the search complete.
         invalid: the turn held neither a query nor a completion.
-        result: what the retriever returned for `query`, or None.
+        result: what the retriever returned for `query`, as far as the policy was shown it, or None.
+        dropped: documents left out of `result` because they did not fit the observation.
     """
 
     segments: tuple[Segment, ...]
@@ -119,6 +120,7 @@ class Turn:
     finished: bool = False
     invalid: bool = False
     result: SearchResult | None = None
+    dropped: int = 0
 
 
 class Stop(str, Enum):

@@ -27,10 +27,11 @@ SYNONYM = 0.2  # share of questions in other words than the passage
 
 @dataclass(frozen=True)
 class Lesson:
-    """Token ids and, aligned with them, whether each is learned."""
+    """Token ids and, aligned with them, whether each is learned and whether it is a looked-up fact (the hard part)."""
 
     ids: list[int]
     learned: list[bool]
+    facts: list[bool]
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class LessonMaker:
         self.tokenizer = tokenizer
         self.rng = random.Random(seed)
         self.grammar = S3Grammar(S3Config(topk=3, max_selected=3, max_turns=3, prompt="compact"))
-        self._ids: dict[str, list[int]] = {}
+        (self._is,) = self._encode(" is")
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -120,7 +121,12 @@ class LessonMaker:
             reply = self._encode(f"{final_answer_text(chain)}<|im_end|>")
             ids += prompt + reply
             learned += [False] * len(prompt) + [True] * len(reply)
-        return Lesson(ids, learned)
+        return self._lesson(ids, learned)
+
+    def _lesson(self, ids: list[int], learned: list[bool]) -> Lesson:
+        """A fact is the learned token after " is"."""
+        before = [None, *ids[:-1]]
+        return Lesson(ids, learned, [mark and token == self._is for mark, token in zip(learned, before, strict=True)])
 
     def searching(self, expert: float = 1.0) -> Lesson:
         """One s3 trajectory over a small world.
@@ -179,7 +185,7 @@ class LessonMaker:
             piece = self._encode(part) if isinstance(part, str) else part
             ids += piece
             learned += [is_learned] * len(piece)
-        return Lesson(ids, learned)
+        return self._lesson(ids, learned)
 
 
 def query_text(relation: str, subject: str) -> str:

@@ -75,7 +75,7 @@ def whitened(rows: Rows) -> Rows:
 
 def gae_row(rewards: list[float], values: list[float], gamma: float, lam: float) -> list[float]:
     """GAE as the explicit double sum over the actions of one sequence."""
-    following = [*values[1:], 0.0]
+    following = [*values, 0.0][1:]
     deltas = [r + gamma * after - now for r, now, after in zip(rewards, values, following, strict=True)]
     return [
         sum((gamma * lam) ** (later - t) * deltas[later] for later in range(t, len(deltas))) for t in range(len(deltas))

@@ -45,6 +45,16 @@ def test_gae_equals_the_reference(case: Case, gamma: float, lam: float) -> None:
     assert_close(returns, expected + values.masked_fill(~case.mask, 0), atol=1e-12, rtol=1e-12)
 
 
+def test_gae_keeps_the_order_of_long_sequences() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(3, 600, generator=generator) < 0.5
+    case = Case(mask, torch.zeros(3), seed=0)
+    rewards, values = case.normal(0), case.normal(1)
+    pairs = zip(picked(rewards, mask), picked(values, mask), strict=True)
+    expected = placed([gae_row(r, v, 0.99, 0.95) for r, v in pairs], mask)
+    assert_close(gae(rewards, values, mask, 0.99, 0.95)[0], expected, atol=1e-12, rtol=1e-12)
+
+
 def test_gae_carries_no_gradient_and_does_not_touch_its_inputs() -> None:
     values = torch.ones(1, 2, requires_grad=True)
     rewards = torch.ones(1, 2)

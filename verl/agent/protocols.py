@@ -31,7 +31,8 @@ class Generation:
 
     Attributes:
         ids: sampled token ids, the end-of-sequence token included where it was sampled.
-        logprobs: log-probability of each id under the sampling policy (before temperature and truncation).
+        logprobs: log-probability of each id under the distribution it was drawn from: after temperature, top-k and
+            top-p, renormalised; at temperature 0 the model's own log-softmax.
         text: decoding of `ids` without special tokens.
         finish: `"stop"` (stop string or end of sequence) or `"length"`.
         weight_version: version of the weights that sampled.

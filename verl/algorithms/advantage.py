@@ -45,11 +45,11 @@ def gae(token_rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: 
     require_same_shape(token_rewards=token_rewards, values=values, mask=mask)
     mask = mask.bool()
     order = _actions_first(mask)
-    reward = zero_outside(token_rewards, mask).gather(1, order)
-    value = zero_outside(values, mask).gather(1, order)
+    reward = zero_outside(token_rewards, mask).gather(1, order).double()
+    value = zero_outside(values, mask).gather(1, order).double()
     next_value = torch.nn.functional.pad(value[:, 1:], (0, 1))[:, : value.shape[1]]
     advantage = _discounted_sums(reward + gamma * next_value - value, gamma * lam)
-    advantages = zero_outside(torch.zeros_like(values).scatter(1, order, advantage), mask)
+    advantages = zero_outside(torch.zeros_like(values).scatter(1, order, advantage.to(values.dtype)), mask)
     return advantages, zero_outside(advantages + values, mask)
 
 
@@ -121,8 +121,9 @@ def reinforce_plus_plus(token_rewards: Tensor, mask: Tensor, gamma: float) -> Te
     require_same_shape(token_rewards=token_rewards, mask=mask)
     mask = mask.bool()
     order = _actions_first(mask)
-    returns = _discounted_sums(zero_outside(token_rewards, mask).gather(1, order), gamma)
-    return masked_whiten(torch.zeros_like(token_rewards).scatter(1, order, returns), mask)
+    returns = _discounted_sums(zero_outside(token_rewards, mask).gather(1, order).double(), gamma)
+    spread = returns.new_zeros(mask.shape).scatter(1, order, returns)
+    return masked_whiten(spread, mask).to(token_rewards.dtype)
 
 
 def _actions_first(mask: Tensor) -> Tensor:
@@ -136,7 +137,10 @@ def _actions_first(mask: Tensor) -> Tensor:
 
 
 def _discounted_sums(x: Tensor, discount: float) -> Tensor:
-    """(B, A) -> (B, A): x_t + discount * x_{t+1} + discount^2 * x_{t+2} + ..."""
+    """(B, A) float64 -> (B, A): x_t + discount * x_{t+1} + discount^2 * x_{t+2} + ...
+
+    In float64, because rounding adds up over A steps and whitening may magnify it.
+    """
     sums = torch.empty_like(x)
     running = x.new_zeros(x.shape[0])
     for step in reversed(range(x.shape[1])):

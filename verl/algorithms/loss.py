@@ -19,9 +19,6 @@ from verl.algorithms.masked import Aggregation, aggregate, masked_mean, require_
 # unused branch of min() is a NaN.
 _MAX_LOG_RATIO = 20.0
 
-# Elements of the float32 copy of the logits that `entropy` holds at a time: 256 MiB.
-_ENTROPY_CHUNK = 2**26
-
 
 def ppo_policy_loss(
     logprobs: Tensor,
@@ -166,54 +163,53 @@ def value_loss(
     return loss, {"clip_fraction": masked_mean(clipped, mask), "value_mean": masked_mean(values.detach(), mask)}
 
 
-def entropy(logits: Tensor) -> Tensor:
+def entropy(logits: Tensor, *, chunk: int = 2**26) -> Tensor:
     """Return the entropy, in nats, of the distributions that `logits` describe.
 
-    Computed in float32 (float64 for float64 logits), a slice of positions at a time: besides the logits, which the
-    backward pass reads again, only the result is kept. A logit of -inf is a token of probability 0. The gradient
-    cannot be differentiated again.
+    Computed in float32 (float64 for float64 logits) from the log-softmax, a slice of positions at a time: besides the
+    logits, which the backward pass reads again, only the result is kept. A logit of -inf is a token of probability 0.
+    The gradient cannot be differentiated again.
 
     Args:
         logits: (..., V), any floating dtype.
+        chunk: logits per slice, at least one position; a slice takes a few float32 copies of them (256 MiB each).
 
     Returns:
         (...), float32 (float64 for float64 logits).
     """
-    return _Entropy.apply(logits)
+    return _Entropy.apply(logits, max(1, chunk // max(1, logits.shape[-1])))
 
 
 class _Entropy(torch.autograd.Function):
     """H = -sum p log p, whose gradient in the logits is -p (log p + H)."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, rows: int) -> Tensor:
         """Keep the logits and the result only; the softmax is cheaper to recompute than to hold."""
         result = logits.new_empty(logits.shape[:-1], dtype=torch.promote_types(logits.dtype, torch.float32))
-        for part, out in zip(_slices(logits), result.view(-1).split(_rows(logits)), strict=True):
+        for part, out in zip(_slices(logits, rows), result.view(-1).split(rows), strict=True):
             log_p = _finite_log_softmax(part, result.dtype)
             out.copy_((log_p.exp() * log_p).sum(dim=-1).neg_())
         ctx.save_for_backward(logits, result)
+        ctx.rows = rows
         return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         """Recompute the softmax slice by slice and write the gradient in the dtype of the logits."""
         logits, result = ctx.saved_tensors
+        rows = ctx.rows
         grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
         per_row = torch.stack((result.reshape(-1), grad_output.reshape(-1)), dim=1)[..., None]
-        for part, row, out in zip(_slices(logits), per_row.split(_rows(logits)), _slices(grad), strict=True):
+        for part, row, out in zip(_slices(logits, rows), per_row.split(rows), _slices(grad, rows), strict=True):
             log_p = _finite_log_softmax(part, result.dtype)
             out.copy_(log_p.exp().mul_(log_p.add_(row[:, 0])).mul_(-row[:, 1]))
-        return grad
+        return grad, None
 
 
-def _rows(logits: Tensor) -> int:
-    return max(1, _ENTROPY_CHUNK // max(1, logits.shape[-1]))
-
-
-def _slices(logits: Tensor) -> tuple[Tensor, ...]:
-    return logits.reshape(-1, logits.shape[-1]).split(_rows(logits))
+def _slices(logits: Tensor, rows: int) -> tuple[Tensor, ...]:
+    return logits.reshape(-1, logits.shape[-1]).split(rows)
 
 
 def _finite_log_softmax(logits: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,82 @@
+"""A yes/no judge for answers that match no gold literally. What is not a clear yes or no is an abstention."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from generator_llms.prompts import Message, judge_again, judge_messages
+from generator_llms.replies import Completion
+from verl.types import Question
+
+_REPLY_TOKENS = 10
+_WORD = re.compile(r"[^\W\d_]+")
+
+
+class Complete(Protocol):
+    """A chat model, for example `GeneratorClient.complete`."""
+
+    async def __call__(self, messages: Sequence[Message], *, max_tokens: int | None = None) -> Completion:
+        """Return the reply.
+
+        Raises:
+            GeneratorError: after bounded retries.
+        """
+        ...
+
+
+@dataclass(slots=True)
+class JudgeStats:
+    """Verdicts so far."""
+
+    yes: int = 0
+    no: int = 0
+    abstained: int = 0
+
+
+class LLMJudge:
+    """Asks a chat model whether an answer states one of the golds.
+
+    Args:
+        complete: the model that judges; better not the one that answers.
+        show_question: whether it sees the question, which the published judge does not.
+    """
+
+    def __init__(self, complete: Complete, show_question: bool = True) -> None:
+        self.stats = JudgeStats()
+        self._complete = complete
+        self._show_question = show_question
+
+    async def __call__(self, question: Question, answer: str) -> bool | None:
+        """Return the verdict; None, an abstention, when two replies in a row are neither yes nor no.
+
+        Raises:
+            GeneratorError: the model could not be asked.
+        """
+        messages = judge_messages(question, answer, self._show_question)
+        reply = (await self._complete(messages, max_tokens=_REPLY_TOKENS)).text
+        verdict = parse_verdict(reply)
+        if verdict is None:
+            again = judge_again(messages, reply)
+            verdict = parse_verdict((await self._complete(again, max_tokens=_REPLY_TOKENS)).text)
+        self._count(verdict)
+        return verdict
+
+    def _count(self, verdict: bool | None) -> None:
+        if verdict is None:
+            self.stats.abstained += 1
+        elif verdict:
+            self.stats.yes += 1
+        else:
+            self.stats.no += 1
+
+
+def parse_verdict(reply: str) -> bool | None:
+    """Return True or False if the first word is yes or no and the other one does not occur; else None."""
+    words = [word.lower() for word in _WORD.findall(reply)]
+    if not words or words[0] not in ("yes", "no"):
+        return None
+    other = "no" if words[0] == "yes" else "yes"
+    return None if other in words else words[0] == "yes"

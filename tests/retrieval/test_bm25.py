@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from tests.retrieval.support import PASSAGES, open_corpus
+from verl.errors import ConfigError, DataError, RetrieverError
+from verl.retrieval.bm25 import Analyzer, BM25Engine, open_engine, top_rows, write_index
+from verl.retrieval.corpus import Corpus
+from verl.retrieval.settings import BM25Config
+
+
+def make_engine(corpus: Corpus, folder: Path, config: BM25Config | None = None) -> BM25Engine:
+    folder.mkdir()
+    return open_engine(folder, corpus, write_index(corpus, folder, config or BM25Config()))
+
+
+@pytest.fixture
+def engine(corpus: Corpus, tmp_path: Path) -> BM25Engine:
+    return make_engine(corpus, tmp_path / "index")
+
+
+def lucene_scores(corpus: Corpus, query: str, config: BM25Config) -> dict[str, float]:
+    """BM25 as Lucene computes it (Kamphuis et al. 2020, table 1, "Lucene (accurate)"), less the constant k1 + 1."""
+    analyze = Analyzer(config)
+    terms = {document.id: Counter(analyze(document.contents)) for document in corpus.documents()}
+    lengths = {id: sum(counts.values()) for id, counts in terms.items()}
+    average = sum(lengths.values()) / len(lengths)
+    scores: dict[str, float] = {}
+    for term in analyze(query):
+        holders = sum(term in counts for counts in terms.values())
+        weight = math.log(1 + (len(terms) - holders + 0.5) / (holders + 0.5))
+        for id, counts in terms.items():
+            if term in counts:
+                norm = config.k1 * (1 - config.b + config.b * lengths[id] / average)
+                scores[id] = scores.get(id, 0.0) + weight * counts[term] / (counts[term] + norm)
+    return scores
+
+
+@pytest.mark.parametrize("config", [BM25Config(), BM25Config(k1=1.5, b=0.75, stopwords="none", stemmer="english")])
+def test_scores_are_lucenes(corpus: Corpus, tmp_path: Path, config: BM25Config) -> None:
+    engine = make_engine(corpus, tmp_path / "index", config)
+    for query in ("capital of France", "the river Seine", "planet planet mercury", "liquids"):
+        (result,) = engine.search([query], topk=8)
+        expected = lucene_scores(corpus, query, config)
+        assert dict(zip((d.id for d in result.documents), result.scores, strict=True)) == pytest.approx(expected, abs=1e-5)
+        assert list(result.scores) == sorted(result.scores, reverse=True)
+
+
+def test_equal_scores_come_in_corpus_order_and_a_smaller_topk_is_the_head(engine: BM25Engine) -> None:
+    (all_of_them,) = engine.search(["twin lighthouses"], topk=8)
+    assert [document.id for document in all_of_them.documents] == ["d5", "d6", "d7"]
+    for topk in (1, 2):
+        (head,) = engine.search(["twin lighthouses"], topk=topk)
+        assert head.documents == all_of_them.documents[:topk] and head.scores == all_of_them.scores[:topk]
+
+
+def test_a_query_alone_and_in_a_batch_is_the_same(engine: BM25Engine) -> None:
+    queries = [f"{title} {text[:20]}" for _, title, text in PASSAGES] + ["zzz", "the", "capital"]
+    batch = engine.search(queries, topk=5)
+    assert batch == [engine.search([query], topk=5)[0] for query in queries]
+    assert [result.query for result in batch] == queries
+
+
+@pytest.mark.parametrize("query", ["zzz", "the of and", "?!", "日本"])
+def test_a_query_without_an_indexed_term_has_no_hits(engine: BM25Engine, query: str) -> None:
+    (result,) = engine.search([query], topk=3)
+    assert result.documents == () and result.scores == ()
+
+
+@pytest.mark.parametrize("topk", [0, -1, 9])
+def test_topk_outside_the_corpus_is_refused(engine: BM25Engine, topk: int) -> None:
+    with pytest.raises(RetrieverError, match=rf"topk={topk}"):
+        engine.search(["river"], topk=topk)
+
+
+@pytest.mark.parametrize(
+    ("config", "terms"),
+    [
+        (BM25Config(), ["obama", "wife", "citi", "x"]),
+        (BM25Config(stemmer="none"), ["obama", "wife", "cities", "x"]),
+        (BM25Config(stopwords="none"), ["obama", "wife", "and", "the", "citi", "x"]),
+    ],
+)
+def test_analysis(config: BM25Config, terms: list[str]) -> None:
+    assert Analyzer(config)("Obama’s wife, and the CITIES (X)") == terms
+
+
+@pytest.mark.parametrize(
+    "settings_", [{"k1": -1.0}, {"b": 1.1}, {"b": math.nan}, {"stopwords": "klingon"}, {"stemmer": "klingon"}]
+)
+def test_wrong_settings_are_refused(settings_: dict) -> None:
+    with pytest.raises(ConfigError, match=next(iter(settings_))):
+        Analyzer(BM25Config(**settings_))
+
+
+def test_a_corpus_without_words_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no indexable word"):
+        write_index(open_corpus(tmp_path, [("a", "?", "!!")]), tmp_path, BM25Config())
+
+
+def test_a_damaged_index_is_refused(corpus: Corpus, tmp_path: Path) -> None:
+    info = write_index(corpus, tmp_path, BM25Config())
+    data = tmp_path / "bm25" / "data.csc.index.npy"
+    data.write_bytes(data.read_bytes()[:60])
+    with pytest.raises(DataError, match=r"damaged.*build it again with --overwrite"):
+        open_engine(tmp_path, corpus, info)
+
+
+@settings(max_examples=200)
+@given(
+    hnp.arrays(np.float32, st.integers(1, 30), elements=st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0])),
+    st.data(),
+)
+def test_top_rows_is_a_stable_sort_of_the_positive_scores(scores: np.ndarray, data: st.DataObject) -> None:
+    topk = data.draw(st.integers(1, len(scores)))
+    expected = sorted((row for row in range(len(scores)) if scores[row] > 0), key=lambda row: (-scores[row], row))
+    assert top_rows(scores, topk).tolist() == expected[:topk]

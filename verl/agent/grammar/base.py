@@ -1,0 +1,104 @@
+"""What a search protocol provides so that the one agent loop can play it.
+
+A grammar renders the prompt, reads what the policy wrote, renders what the environment answers, and decides which
+documents reach the frozen generator. It never sees token ids and it never raises for text that a policy wrote. How
+the other protocols fit: Search-R1 differs in tags and feedback; DeepRetrieval returns an action that is `finished`
+and holds a query, so the loop searches once and stops; zero-shot and CoT have `searches=0`; ExSearch's request for
+the final answer is an observation after an action that is neither a query nor finished; IRCoT reads a whole response
+as the query; Search-o1 awaits its condensing model inside `observe`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from verl.types import Document, Question, SearchResult, Turn
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one trajectory may spend.
+
+    Attributes:
+        topk: documents asked of the retriever per query.
+        searches: generations that may search; one more follows in which a query is ignored.
+        generation_tokens: tokens the policy may sample in one turn, over all its segments.
+        observation_tokens: longest observation; documents that do not fit are dropped from its end.
+        prompt_tokens: longest prompt; a longer one ends the trajectory before its first turn.
+        context_tokens: longest prompt plus trajectory; must fit the engine's context.
+    """
+
+    topk: int
+    searches: int
+    generation_tokens: int
+    observation_tokens: int
+    prompt_tokens: int
+    context_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """What the policy asked for in one turn; the fields mean what they mean in `Turn`."""
+
+    query: str | None = None
+    selected: tuple[int, ...] | None = None
+    finished: bool = False
+    invalid: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What the environment says: `head`, the `items` one per line, `tail`.
+
+    Attributes:
+        items: one rendering per retrieved document, in order, or empty; the loop drops items from the end, never a
+            part of one, when the observation is too long. Text from outside must have been neutralised.
+    """
+
+    head: str
+    items: tuple[str, ...] = ()
+    tail: str = ""
+
+    def text(self, count: int) -> str:
+        """Render the observation with its first `count` items."""
+        return self.head + "\n".join(self.items[:count]) + self.tail
+
+
+class Grammar(Protocol):
+    """A search protocol; stateless, so that one instance serves all trajectories."""
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Strings that end a generation. A turn that ends at one without an action goes on in another segment."""
+        ...
+
+    @property
+    def limits(self) -> Limits:
+        """What one trajectory may spend."""
+        ...
+
+    def prompt_messages(self, question: Question) -> list[dict[str, str]]:
+        """Return the chat messages (`role`, `content`) that open a trajectory."""
+        ...
+
+    def parse(self, question: Question, turns: Sequence[Turn], text: str) -> Action:
+        """Read one turn's policy text; total, whatever the text.
+
+        Args:
+            turns: the turns before this one.
+        """
+        ...
+
+    async def observe(self, question: Question, turns: Sequence[Turn], result: SearchResult | None) -> Observation:
+        """Answer the last of `turns`, which is neither finished nor the last one allowed.
+
+        Args:
+            result: what the retriever returned for its query; None when it had none.
+        """
+        ...
+
+    def assemble(self, question: Question, turns: Sequence[Turn]) -> tuple[Document, ...]:
+        """Return the documents that the frozen generator gets, in order, without duplicates."""
+        ...

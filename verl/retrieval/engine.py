@@ -1,0 +1,154 @@
+"""What an engine is, what an index says about itself, and how an index becomes an engine again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from verl.errors import ConfigError, DataError, RetrieverError
+from verl.retrieval.corpus import Corpus
+from verl.retrieval.settings import check_retriever
+from verl.typed import Decoder
+from verl.types import SearchResult
+
+INFO_NAME = "index.json"
+_FORMAT = 1
+
+
+class Engine(Protocol):
+    """Something that searches one corpus. Calls are blocking and never concurrent; the server sees to that."""
+
+    @property
+    def name(self) -> str:
+        """The retriever's name, for example `"bm25"`."""
+        ...
+
+    @property
+    def corpus(self) -> Corpus:
+        """What is searched."""
+        ...
+
+    def search(self, queries: Sequence[str], topk: int) -> list[SearchResult]:
+        """Return one result per query, in order, each with at most `topk` documents, best first.
+
+        Documents with equal scores come in corpus order, so the result for a smaller `topk` is the head of the result
+        for a larger one.
+
+        Raises:
+            RetrieverError: `topk` is not between 1 and the size of the corpus.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class IndexInfo:
+    """The `index.json` of an index: what it is, and what it was built from.
+
+    Attributes:
+        retriever: one of `verl.retrieval.settings.RETRIEVERS`.
+        model: the encoder that was asked for, None for the retriever's own default (and for BM25).
+        fingerprint: of the corpus that was indexed.
+        documents: number of documents in the index.
+        settings: the engine's own configuration, so that queries are treated as the documents were.
+        built_with: versions of the libraries that wrote the files, for the reader of an old index.
+    """
+
+    retriever: str
+    model: str | None
+    fingerprint: str
+    documents: int
+    settings: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    built_with: Mapping[str, str] = field(default_factory=dict)
+    format: int = _FORMAT
+
+    def save(self, folder: Path) -> None:
+        """Write `index.json` into the folder of the index."""
+        (folder / INFO_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> IndexInfo:
+        """Read `index.json`.
+
+        Raises:
+            DataError: it is missing, malformed, or of another format.
+        """
+        path = folder / INFO_NAME
+        remedy = "build the index with `python -m verl.retrieval.build`"
+        try:
+            info = Decoder(error=DataError).decode(cls, json.loads(path.read_text("utf-8")))
+        except FileNotFoundError as error:
+            raise DataError(f"{folder} holds no {INFO_NAME}, so it is no complete index; {remedy}") from error
+        except (OSError, ValueError, DataError) as error:
+            raise DataError(f"{path} cannot be read ({error}); {remedy} --overwrite") from error
+        if info.format != _FORMAT:
+            raise DataError(f"{path} has format {info.format}, expected {_FORMAT}; {remedy} --overwrite")
+        return info
+
+    def same_as(self, other: IndexInfo) -> bool:
+        """Whether both describe the same index, whichever library versions wrote it."""
+        mine = (self.retriever, self.model, self.fingerprint, self.documents, dict(self.settings))
+        return mine == (other.retriever, other.model, other.fingerprint, other.documents, dict(other.settings))
+
+
+def open_index(
+    index_path: str | Path,
+    corpus: Corpus,
+    retriever_name: str,
+    model: str | None = None,
+    threads: int | None = None,
+) -> Engine:
+    """Load an index and check that it belongs to this corpus and retriever.
+
+    Args:
+        index_path: the folder that `build` wrote, or a file in it.
+        model: encoder to use in place of the one the index was built with, for example the same model under another
+            path; an encoder that produces other vectors is refused.
+        threads: CPU threads of a search; what the process may use when None.
+
+    Raises:
+        ConfigError: unknown retriever, or the index was built by another retriever or encoder.
+        DataError: no complete index there, a damaged one, or one that was built for another corpus.
+    """
+    check_retriever(retriever_name)
+    folder = _index_folder(Path(index_path))
+    info = IndexInfo.load(folder)
+    if info.retriever != retriever_name:
+        raise ConfigError(
+            f"index {folder} was built for retriever {info.retriever!r}, but retriever_name={retriever_name!r} was "
+            f"asked for; pass --retriever_name {info.retriever} or another --index_path"
+        )
+    if info.fingerprint != corpus.fingerprint:
+        raise DataError(
+            f"index {folder} was built for another corpus: fingerprint {info.fingerprint[:12]} with {info.documents} "
+            f"documents, but {corpus.path} has fingerprint {corpus.fingerprint[:12]} with {len(corpus)} documents; "
+            "pass that corpus or build the index again"
+        )
+    # Imported here: torch and transformers take seconds, and BM25 needs neither.
+    if info.retriever == "bm25":
+        from verl.retrieval import bm25
+
+        return bm25.open_engine(folder, corpus, info)
+    from verl.retrieval import dense
+
+    return dense.open_engine(folder, corpus, info, model, threads)
+
+
+def check_topk(topk: int, corpus: Corpus) -> None:
+    """Refuse a `topk` that the corpus cannot serve.
+
+    Raises:
+        RetrieverError: `topk` is not between 1 and the size of the corpus.
+    """
+    if topk < 1:
+        raise RetrieverError(f"topk={topk}; expected at least 1")
+    if topk > len(corpus):
+        raise RetrieverError(f"topk={topk} exceeds the corpus's {len(corpus)} documents; lower topk")
+
+
+def _index_folder(path: Path) -> Path:
+    if not path.exists():
+        raise DataError(f"index {path}: no such file or folder; build it with `python -m verl.retrieval.build`")
+    return path if path.is_dir() else path.parent

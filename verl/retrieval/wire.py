@@ -1,0 +1,235 @@
+"""The HTTP contract of the retriever, once for both sides.
+
+The published one, which s3 and Search-R1 clients speak: `POST /retrieve {"queries": [str], "topk"?: int,
+"return_scores"?: bool}` is answered by `{"result": [[{"document": {...}, "score": float}]]}`, or by bare documents
+`{"result": [[{...}]]}` when `return_scores` is false. A document has `id`, `contents` (quoted title, newline, text),
+`title` and `text`. Errors are ours: a status of 4xx or 5xx and `{"error": {"code", "message", "query_index"?}}`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NoReturn
+
+from verl.errors import RetrieverError, SearchAgentError
+from verl.types import Document, SearchResult
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """What one request may ask for.
+
+    Attributes:
+        max_body_bytes: size of the body.
+        max_queries: queries of a request.
+        max_query_chars: characters of a query.
+    """
+
+    max_body_bytes: int = 8 * 1024 * 1024
+    max_queries: int = 1024
+    max_query_chars: int = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class RetrieveRequest:
+    """A valid request."""
+
+    queries: tuple[str, ...]
+    topk: int
+    return_scores: bool = False
+
+
+class RefusedRequest(SearchAgentError):
+    """A request that breaks the contract; answered with `status` and the JSON of `error_body`.
+
+    Attributes:
+        query_index: position of the query at fault, None when it is not one query's fault.
+    """
+
+    def __init__(self, status: int, code: str, message: str, query_index: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.query_index = query_index
+
+
+def error_body(code: str, message: str, query_index: int | None = None) -> dict[str, Any]:
+    """Return the JSON object that goes with an error status."""
+    error: dict[str, Any] = {"code": code, "message": message}
+    if query_index is not None:
+        error["query_index"] = query_index
+    return {"error": error}
+
+
+def parse_request(body: bytes, limits: RequestLimits, default_topk: int, documents: int) -> RetrieveRequest:
+    """Read the body of `POST /retrieve`.
+
+    Args:
+        default_topk: used when the request names none.
+        documents: size of the corpus, the largest `topk`.
+
+    Raises:
+        RefusedRequest: with status 400 when the body is no JSON object, else 422.
+    """
+    fields_ = _json_object(body)
+    _check_keys(fields_)
+    queries = _queries(fields_.get("queries"), "queries" in fields_, limits)
+    topk = fields_.get("topk")
+    topk = default_topk if topk is None else topk
+    if isinstance(topk, bool) or not isinstance(topk, int) or topk < 1:
+        raise _invalid("topk", f"topk is {_shown(topk)}; expected an integer of at least 1")
+    if topk > documents:
+        raise _invalid("topk", f"topk={_shown(topk)} exceeds the corpus's {documents} documents; lower topk")
+    return_scores = fields_.get("return_scores", False)
+    if not isinstance(return_scores, bool):
+        raise _invalid("return_scores", f"return_scores is {_shown(return_scores)}; expected true or false")
+    return RetrieveRequest(queries, topk, return_scores)
+
+
+def query_fault(query: Any, max_chars: int) -> tuple[str, str] | None:
+    """Return `(code, what is wrong with the query)`, or None when it can be searched for."""
+    if not isinstance(query, str):
+        return "query_type", f"is {_shown(query)}; expected a string"
+    if not query.strip():
+        return "blank_query", "is blank; expected at least one character that is no space"
+    if len(query) > max_chars:
+        return "query_too_long", f"has {len(query)} characters; expected at most {max_chars}, so shorten it"
+    try:
+        query.encode("utf-8")
+    except UnicodeEncodeError:
+        return "query_encoding", "holds an unpaired surrogate (\\ud800 to \\udfff), which is no character; remove it"
+    return None
+
+
+def request_body(request: RetrieveRequest) -> bytes:
+    """Return the body that a client sends."""
+    return json.dumps(
+        {"queries": request.queries, "topk": request.topk, "return_scores": request.return_scores}
+    ).encode()
+
+
+def response_body(results: Sequence[SearchResult], return_scores: bool) -> bytes:
+    """Return the body that the server answers with."""
+    return json.dumps({"result": [_hits(result, return_scores) for result in results]}, ensure_ascii=False).encode()
+
+
+def parse_response(body: bytes, queries: Sequence[str], topk: int) -> list[SearchResult]:
+    """Read what a server answered to a request with `return_scores` true.
+
+    Documents without `title` and `text`, as published servers send them, are split from their `contents`.
+
+    Raises:
+        RetrieverError: the answer is not what the contract says; the message is the reason.
+    """
+    try:
+        answer = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise RetrieverError(f"the answer is not JSON ({error}); expected an object with result") from error
+    rows = answer.get("result") if isinstance(answer, dict) else None
+    if not isinstance(rows, list) or len(rows) != len(queries):
+        found = f"{len(rows)} results" if isinstance(rows, list) else f"result={_shown(rows)}"
+        raise RetrieverError(f"the answer has {found}; expected a list of {len(queries)}, one for each query")
+    return [_search_result(query, hits, topk) for query, hits in zip(queries, rows, strict=True)]
+
+
+def _json_object(body: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise RefusedRequest(
+            400, "encoding", f"the body is not UTF-8 at byte {error.start}; send JSON in UTF-8"
+        ) from error
+    except RecursionError as error:
+        raise RefusedRequest(400, "json", "the body is nested too deeply; send a flat JSON object") from error
+    except ValueError as error:
+        raise RefusedRequest(400, "json", f"the body is not JSON ({error}); send a JSON object") from error
+    if not isinstance(value, dict):
+        raise RefusedRequest(400, "json", f"the body is {_shown(value)}; send a JSON object with queries")
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _check_keys(received: dict[str, Any]) -> None:
+    known = [item.name for item in fields(RetrieveRequest)]
+    for key in received:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(known)}"
+            raise _invalid("unknown_key", f"unknown key {_shown(key)}; {hint}")
+
+
+def _queries(value: Any, given: bool, limits: RequestLimits) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        found = f"is {_shown(value)}" if given else "is missing"
+        raise _invalid("queries", f"queries {found}; expected a list of strings")
+    if not value:
+        raise _invalid("queries", "queries is empty; expected at least one query")
+    if len(value) > limits.max_queries:
+        raise _invalid(
+            "queries", f"{len(value)} queries came; expected at most {limits.max_queries}, so send several requests"
+        )
+    for index, query in enumerate(value):
+        fault = query_fault(query, limits.max_query_chars)
+        if fault:
+            raise _invalid(fault[0], f"queries[{index}] {fault[1]}", index)
+    return tuple(value)
+
+
+def _invalid(code: str, message: str, query_index: int | None = None) -> RefusedRequest:
+    return RefusedRequest(422, code, message, query_index)
+
+
+def _shown(value: Any) -> str:
+    """Show a value in a message: its repr, in ASCII and short, or its type where the repr is long or deep."""
+    if isinstance(value, list | dict):
+        return f"a {'list' if isinstance(value, list) else 'JSON object'} of {len(value)}"
+    if isinstance(value, int) and value.bit_length() > 128:
+        return "an integer of more than 128 bits"
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _hits(result: SearchResult, return_scores: bool) -> list[dict[str, Any]]:
+    documents = [
+        {"id": doc.id, "contents": doc.contents, "title": doc.title, "text": doc.text} for doc in result.documents
+    ]
+    if not return_scores:
+        return documents
+    return [{"document": doc, "score": score} for doc, score in zip(documents, result.scores, strict=True)]
+
+
+def _search_result(query: str, hits: Any, topk: int) -> SearchResult:
+    if not isinstance(hits, list) or len(hits) > topk:
+        found = f"{len(hits)} hits" if isinstance(hits, list) else _shown(hits)
+        raise RetrieverError(f"the answer has {found} for a query; expected a list of at most topk={topk}")
+    pairs = [_hit(hit) for hit in hits]
+    return SearchResult(query, tuple(doc for doc, _ in pairs), tuple(score for _, score in pairs))
+
+
+def _hit(hit: Any) -> tuple[Document, float]:
+    document = hit.get("document") if isinstance(hit, dict) else None
+    if not isinstance(document, dict):
+        raise RetrieverError(f"a hit is {_shown(hit)}; expected an object with document and score")
+    score = hit.get("score")
+    if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) <= sys.float_info.max:
+        raise RetrieverError(f"a hit has score={_shown(score)}; expected a finite number")
+    return _document(document), float(score)
+
+
+def _document(received: dict[str, Any]) -> Document:
+    id, title, text = received.get("id"), received.get("title"), received.get("text")
+    if isinstance(id, bool) or not isinstance(id, str | int):
+        raise RetrieverError(f"a document has id={_shown(id)}; expected a string")
+    if isinstance(title, str) and isinstance(text, str):
+        return Document(str(id), title, text)
+    contents = received.get("contents")
+    if not isinstance(contents, str):
+        raise RetrieverError(f"document {_shown(id)} has contents={_shown(contents)}; expected a string")
+    return Document.from_contents(str(id), contents)

@@ -1,0 +1,196 @@
+"""The rollout engine for machines without vLLM: a transformers model and a decode loop of our own.
+
+Concurrent calls wait in a queue; what waits when the decoder is free becomes one left-padded batch with a key-value
+cache. A row answers its caller the moment it ends, and leaves the batch. Legend: B rows of the batch, S tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from verl.agent.protocols import Generation, Sampling
+from verl.errors import EngineError
+from verl.workers.engines import EngineConfig, UpdateGate, checked_weights, token_budget, torch_dtype
+from verl.workers.sampler import RowSampling, sample
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Row:
+    """One request while it decodes."""
+
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+    seed: int
+    budget: int
+    answer: asyncio.Future[Generation]
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+_Finish = Literal["stop", "length"]
+
+
+class HFEngine:
+    """A `RolloutEngine` over transformers."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.weight_version = 0
+        device = config.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = torch.device(device)
+        self._model, self._tokenizer = _load(config, self._device)
+        self._ends = _end_ids(self._model, self._tokenizer)
+        self._seeds = random.Random(config.seed)
+        self._gate = UpdateGate()
+        self._waiting: list[_Row] = []
+        self._decoder: asyncio.Task[None] | None = None
+        self._closed = False
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Generation:
+        """Continue `prompt_ids`; see `PolicyEngine`."""
+        if self._closed:
+            raise EngineError("the hf engine is closed; create another one")
+        budget = token_budget(prompt_ids, sampling, self.config.max_model_len)
+        seed = self._seeds.getrandbits(63) if sampling.seed is None else sampling.seed
+        async with self._gate.generation():
+            answer: asyncio.Future[Generation] = asyncio.get_running_loop().create_future()
+            self._waiting.append(_Row(tuple(prompt_ids), sampling, seed, budget, answer))
+            if self._decoder is None or self._decoder.done():
+                self._decoder = asyncio.create_task(self._drain())
+            return await answer
+
+    async def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Replace all weights between generations; see `RolloutEngine`."""
+        async with self._gate.update():
+            checked = checked_weights(self._model, weights)
+            with torch.no_grad():
+                for name, parameter in self._model.named_parameters():
+                    parameter.copy_(checked[name])
+            self.weight_version = version
+
+    async def close(self) -> None:
+        """Wait for the requests in flight and take no more."""
+        self._closed = True
+        if self._decoder is not None:
+            await self._decoder
+
+    async def _drain(self) -> None:
+        """Decode batches until nothing waits."""
+        loop = asyncio.get_running_loop()
+        while self._waiting:
+            await asyncio.sleep(0)  # callers that are ready now join this batch
+            batch, self._waiting = self._waiting[: self.config.max_num_seqs], self._waiting[self.config.max_num_seqs :]
+            try:
+                await asyncio.to_thread(self._decode, batch, loop.call_soon_threadsafe)
+            except RuntimeError as error:  # torch's own errors, out of memory among them
+                logger.error("decoding %d sequences failed: %s", len(batch), error)
+                for row in batch:
+                    _fail(row, f"decoding failed: {error}")
+            finally:  # the thread's answers were scheduled before its end, so they are in
+                for row in batch:
+                    _fail(row, "the decoder ended without an answer")
+
+    @torch.inference_mode()
+    def _decode(self, batch: Sequence[_Row], call: Callable[..., Any]) -> None:
+        """Sample every row of `batch` to its end; runs in a thread of its own and answers through `call`."""
+        rows = list(batch)
+        sampling = RowSampling.of([row.sampling for row in rows], [row.seed for row in rows], self._device)
+        ids, mask = self._left_padded(rows)
+        cache = DynamicCache(config=self._model.config)
+        while rows:
+            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            logits = self._model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
+            ).logits[:, -1]
+            drawn, logprobs = sample(logits, sampling)
+            alive = self._advance(rows, drawn.tolist(), logprobs.tolist(), call)
+            ids, mask = drawn[:, None], torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            if len(alive) < len(rows):
+                index = torch.tensor(alive, dtype=torch.int64, device=self._device)
+                rows = [rows[i] for i in alive]
+                ids, mask, sampling = ids[index], mask[index], sampling.select(alive)
+                cache.batch_select_indices(index)
+
+    def _advance(
+        self, rows: Sequence[_Row], ids: Sequence[int], logprobs: Sequence[float], call: Callable[..., Any]
+    ) -> list[int]:
+        """Append one token to every row, answer those that end, and return the indices of the others."""
+        alive = []
+        for index, (row, token, logprob) in enumerate(zip(rows, ids, logprobs, strict=True)):
+            row.ids.append(token)
+            row.logprobs.append(logprob)
+            finish = self._finish(row)
+            if finish is not None:
+                call(_answer, row, self._generation(row, finish))
+            elif not row.answer.cancelled():
+                alive.append(index)
+        return alive
+
+    def _finish(self, row: _Row) -> _Finish | None:
+        if row.ids[-1] in self._ends or self._completes_stop(row):
+            return "stop"
+        return "length" if len(row.ids) >= row.budget else None
+
+    def _completes_stop(self, row: _Row) -> bool:
+        """Whether the last token completed a stop string; earlier ones did not, so a short tail tells."""
+        if not row.sampling.stop:
+            return False
+        # A token that matters adds a character at least, except the first bytes of a split one.
+        tail = row.ids[-(max(map(len, row.sampling.stop)) + 4) :]
+        text = self._text(tail)
+        return any(stop in text for stop in row.sampling.stop)
+
+    def _generation(self, row: _Row, finish: _Finish) -> Generation:
+        return Generation(tuple(row.ids), tuple(row.logprobs), self._text(row.ids), finish, self.weight_version)
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _left_padded(self, rows: Sequence[_Row]) -> tuple[Tensor, Tensor]:
+        """Return prompt ids and attention mask, (B, S) int64 each; the padding id is never attended to."""
+        longest = max(len(row.prompt_ids) for row in rows)
+        ids = torch.zeros((len(rows), longest), dtype=torch.int64)
+        mask = torch.zeros((len(rows), longest), dtype=torch.int64)
+        for index, row in enumerate(rows):
+            ids[index, longest - len(row.prompt_ids) :] = torch.tensor(row.prompt_ids)
+            mask[index, longest - len(row.prompt_ids) :] = 1
+        return ids.to(self._device), mask.to(self._device)
+
+
+def _load(config: EngineConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch_dtype(config))
+        tokenizer = AutoTokenizer.from_pretrained(config.model)
+    except (OSError, ValueError) as error:
+        raise EngineError(f"model {config.model!r} cannot be loaded: {error}") from error
+    return model.to(device).eval(), tokenizer
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the end-of-sequence ids of the tokenizer and of the model's generation config."""
+    stated = model.generation_config.eos_token_id if model.generation_config else None
+    listed = stated if isinstance(stated, list) else [stated]
+    return frozenset(token for token in (*listed, tokenizer.eos_token_id) if token is not None)
+
+
+def _answer(row: _Row, generation: Generation) -> None:
+    if not row.answer.done():
+        row.answer.set_result(generation)
+
+
+def _fail(row: _Row, cause: str) -> None:
+    if not row.answer.done():
+        row.answer.set_exception(EngineError(cause))

@@ -1,0 +1,162 @@
+"""The rollout engine over vLLM's AsyncLLM: token ids in, token ids and log-probabilities out.
+
+vLLM starts its core in a process of its own by spawn, so a script that creates this engine needs a `__main__` guard.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.outputs import CompletionOutput
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+from verl.agent.protocols import Generation, Sampling
+from verl.errors import EngineError
+from verl.workers.engines import (
+    EngineConfig,
+    UpdateGate,
+    checked_weights,
+    token_budget,
+    torch_dtype,
+    why_not_updatable,
+)
+
+_SHARED_MEMORY = Path("/dev/shm")
+_FAILURES = (EngineDeadError, EngineGenerateError, ValueError)
+
+
+class VLLMEngine:
+    """A `RolloutEngine` over vLLM."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.weight_version = 0
+        self._unusable = ""
+        self._gate = UpdateGate()
+        self._requests = itertools.count()
+        self._on_cpu = current_platform.is_cpu()
+        _set_environment(config)
+        try:
+            self._llm = AsyncLLM.from_engine_args(_arguments(config, self._on_cpu))
+        except (OSError, ValueError, RuntimeError) as error:
+            raise EngineError(f"vLLM could not start with model {config.model!r}: {error}") from error
+        self._tokenizer = self._llm.get_tokenizer()
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Generation:
+        """Continue `prompt_ids`; see `PolicyEngine`."""
+        budget = token_budget(prompt_ids, sampling, self.config.max_model_len)
+        params = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            seed=sampling.seed,
+            max_tokens=budget,
+            stop=list(sampling.stop),
+            include_stop_str_in_output=True,
+            logprobs=0,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        async with self._gate.generation():
+            if self._unusable:
+                raise EngineError(self._unusable)
+            request = self._llm.generate({"prompt_token_ids": list(prompt_ids)}, params, str(next(self._requests)))
+            try:
+                outputs = [output async for output in request]
+            except _FAILURES as error:
+                raise EngineError(f"vLLM could not generate: {type(error).__name__}: {error}") from error
+            return self._generation(outputs[-1].outputs[0])
+
+    async def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Replace all weights between generations; see `RolloutEngine`.
+
+        The tensors travel through a file in shared memory, which every worker process reads.
+        """
+        tied = self._llm.model_config.hf_text_config.tie_word_embeddings
+        if reason := why_not_updatable(tied, self._on_cpu):
+            raise EngineError(reason)
+        async with self._gate.update():
+            checked = checked_weights(_skeleton(self.config.model), weights)
+            self._unusable = f"vLLM did not take the weights of version {version} as a whole; create the engine anew"
+            await self._swap(checked)
+            self._unusable = ""
+            self.weight_version = version
+
+    async def _swap(self, weights: dict[str, Tensor]) -> None:
+        # Requests that a stop string ended leave vLLM's scheduler a moment later; pausing waits for them, and empties
+        # the prefix cache, whose keys and values belong to the old weights.
+        await self._llm.pause_generation(mode="wait", clear_cache=True)
+        with tempfile.TemporaryDirectory(dir=_SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None) as folder:
+            path = str(Path(folder) / "weights.safetensors")
+            await asyncio.to_thread(_write, weights, path, torch_dtype(self.config))
+            try:
+                await self._llm.collective_rpc("reload_from_file", args=(path,))
+            except Exception as error:  # vLLM passes a worker's failure on as a bare Exception
+                raise EngineError(f"{self._unusable}: {error}") from error
+        await self._llm.resume_generation()
+
+    async def close(self) -> None:
+        """Stop vLLM's processes."""
+        self._unusable = "the vLLM engine is closed; create another one"
+        self._llm.shutdown()
+
+    def _generation(self, output: CompletionOutput) -> Generation:
+        if output.finish_reason not in ("stop", "length"):
+            raise EngineError(f"vLLM ended a generation with {output.finish_reason!r}; expected 'stop' or 'length'")
+        ids = tuple(output.token_ids)
+        if output.logprobs is None:
+            raise EngineError("vLLM returned no log-probabilities; expected one per sampled token")
+        logprobs = tuple(entry[token].logprob for entry, token in zip(output.logprobs, ids, strict=True))
+        text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Generation(ids, logprobs, text, output.finish_reason, self.weight_version)
+
+
+def _arguments(config: EngineConfig, on_cpu: bool) -> AsyncEngineArgs:
+    return AsyncEngineArgs(
+        model=config.model,
+        dtype=config.dtype,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        tensor_parallel_size=config.tensor_parallel_size,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        enforce_eager=config.enforce_eager or on_cpu,
+        enable_prefix_caching=config.prefix_caching,
+        seed=config.seed,
+        logprobs_mode="processed_logprobs",
+        worker_extension_cls="verl.workers.vllm_extension.WeightReload",
+        disable_log_stats=True,
+    )
+
+
+def _set_environment(config: EngineConfig) -> None:
+    """State what vLLM reads from the environment, where the user has not."""
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.kv_cache_gib))
+    # The default binds every engine of a machine to the same first cores.
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if Path(config.model).is_dir():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def _skeleton(model: str) -> torch.nn.Module:
+    """Return the model without storage: its parameters' names and shapes."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+
+
+def _write(weights: dict[str, Tensor], path: str, dtype: torch.dtype) -> None:
+    save_file({name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights.items()}, path)
