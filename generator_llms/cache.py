@@ -66,7 +66,8 @@ class ReplyCache:
         with self._write_lock:
             self._writer.execute("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?)", (key, model, reply, time.time()))
 
-    def __len__(self) -> int:
+    def count(self) -> int:
+        """Return the number of stored replies."""
         return self._reader.execute("SELECT count(*) FROM replies").fetchone()[0]
 
     def close(self) -> None:

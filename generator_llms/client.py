@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -17,8 +17,8 @@ from generator_llms import prompts
 from generator_llms.cache import ReplyCache, cache_key
 from generator_llms.config import GeneratorConfig
 from generator_llms.prompts import CountTokens, Message
-from generator_llms.replies import Completion, decode_body, read_completion, read_models, shorten
-from generator_llms.retry import Malformed, RetryPolicy, Unavailable, parse_retry_after
+from generator_llms.replies import Completion, ServedModel, decode_body, read_completion, read_models, shorten
+from generator_llms.retry import Malformed, Rejected, RetryPolicy, Unavailable, parse_retry_after
 from verl.errors import ConfigError, GeneratorError
 from verl.types import Document, Question
 
@@ -86,8 +86,7 @@ class GeneratorClient:
         self._cache = ReplyCache(config.cache_path) if config.cache_path else None
         self._retry = RetryPolicy(config.retry_window_s, config.malformed_retries)
         self._slots = asyncio.Semaphore(config.concurrency)
-        self._model: str | None = None
-        self._model_lock = asyncio.Lock()
+        self._finding: asyncio.Task[str] | None = None
 
     async def __aenter__(self) -> GeneratorClient:
         return self
@@ -99,6 +98,8 @@ class GeneratorClient:
 
     async def aclose(self) -> None:
         """Close connections and cache."""
+        if self._finding is not None:
+            self._finding.cancel()
         await self._sdk.close()
         if self._cache is not None:
             self._cache.close()
@@ -109,10 +110,11 @@ class GeneratorClient:
         Raises:
             GeneratorError: the endpoint is away, or serves another model or a shorter context than configured.
         """
-        async with self._model_lock:
-            if self._model is None:
-                self._model = await self._find_model()
-            return self._model
+        if self._finding is None:
+            self._finding = asyncio.create_task(self._find_model())
+            self._finding.add_done_callback(self._forget_failure)
+        # Shielded: all callers share one check, and one of them giving up must not end it for the others.
+        return await asyncio.shield(self._finding)
 
     async def complete(
         self, messages: Sequence[Message], *, max_tokens: int | None = None, logprobs: bool = False
@@ -126,18 +128,24 @@ class GeneratorClient:
         Raises:
             GeneratorError: no usable reply within the configured retries.
         """
+        try:
+            return await self._complete(messages, max_tokens or self.config.max_tokens, logprobs)
+        except GeneratorError:
+            self.stats.failures += 1
+            raise
+
+    async def _complete(self, messages: Sequence[Message], max_tokens: int, logprobs: bool) -> Completion:
         model = self.config.model or await self.ready()
-        request = self._request(model, messages, max_tokens or self.config.max_tokens, logprobs)
-        key = cache_key({**request, "identity": self.config.model_identity}) if self._cache else ""
-        if self._cache and (stored := self._cache.get(key)) is not None:
+        request = self._request(model, messages, max_tokens, logprobs)
+        if self._cache is None:
+            return await self._fetch(request)
+        key = cache_key({**request, "identity": self.config.model_identity})
+        stored = self._cache.get(key)
+        if stored is not None:
             self.stats.cached += 1
             return Completion.from_json(stored)
-        await self.ready()
-        completion = await self._retry.run(lambda: self._ask(request), self._where(), self._count_retry)
-        self.stats.prompt_tokens += completion.prompt_tokens
-        self.stats.completion_tokens += completion.completion_tokens
-        if self._cache:
-            await asyncio.to_thread(self._cache.put, key, model, completion.to_json())
+        completion = await self._fetch(request)
+        await asyncio.to_thread(self._cache.put, key, model, completion.to_json())
         return completion
 
     async def answer(self, question: Question, documents: Sequence[Document]) -> Answered:
@@ -154,7 +162,7 @@ class GeneratorClient:
             answer=prompts.final_answer(completion.text),
             raw=completion.text,
             documents_used=len(shown),
-            documents_dropped=len(documents) - len(shown),
+            documents_dropped=len(documents) - len(shown) if self.config.prompt == "context" else 0,
             truncated=truncated,
         )
 
@@ -197,9 +205,16 @@ class GeneratorClient:
             request["extra_body"] = dict(self.config.extra_body)
         return request
 
+    async def _fetch(self, request: Mapping[str, Any]) -> Completion:
+        await self.ready()
+        completion = await self._retry.run(lambda: self._ask(request), self._where(), self._count_retry)
+        self.stats.prompt_tokens += completion.prompt_tokens
+        self.stats.completion_tokens += completion.completion_tokens
+        return completion
+
     async def _ask(self, request: Mapping[str, Any]) -> Completion:
         self.stats.requests += 1
-        body = await self._send(self._sdk.chat.completions.with_raw_response.create(**request))
+        body = await self._send(lambda: self._sdk.chat.completions.with_raw_response.create(**request))
         expected = request["model"] if self.config.check_model else None
         return read_completion(decode_body(body), expected, self.config.max_reply_chars, "logprobs" in request)
 
@@ -225,10 +240,10 @@ class GeneratorClient:
             )
         return served.name
 
-    async def _list_models(self) -> list[Any]:
-        return read_models(decode_body(await self._send(self._sdk.models.with_raw_response.list())))
+    async def _list_models(self) -> list[ServedModel]:
+        return read_models(decode_body(await self._send(self._sdk.models.with_raw_response.list)))
 
-    async def _send(self, pending: Any) -> bytes:
+    async def _send(self, call: Callable[[], Awaitable[Any]]) -> bytes:
         """Await one SDK call within a slot and the timeout, and sort its errors into those worth a retry and others.
 
         The slot is held for the request alone, not for the pauses between retries: questions that wait for a generator
@@ -237,27 +252,32 @@ class GeneratorClient:
         seconds = self.config.timeout_s
         try:
             async with self._slots, asyncio.timeout(seconds):
-                return (await pending).http_response.content
+                return (await call()).http_response.content
         except TimeoutError as cause:
             raise Unavailable(f"no reply within timeout_s={seconds:g}") from cause
         except openai.APIStatusError as cause:
-            raise self._sorted_status(cause) from cause
+            raise _sorted_status(cause) from cause
         except openai.APIConnectionError as cause:
             raise Unavailable(f"{cause} ({cause.__cause__ or 'no detail'})") from cause
         except openai.OpenAIError as cause:
             raise Malformed(shorten(str(cause))) from cause
 
-    def _sorted_status(self, error: openai.APIStatusError) -> Exception:
-        text = f"status {error.status_code}: {shorten(error.message)}"
-        if error.status_code in _RETRIED_STATUS or error.status_code >= 500:
-            return Unavailable(text, parse_retry_after(error.response.headers.get("retry-after")))
-        return GeneratorError(f"{self._where()} refused the request, {text}; correct the configuration or the request")
+    def _forget_failure(self, finding: asyncio.Task[str]) -> None:
+        if finding.cancelled() or finding.exception() is not None:
+            self._finding = None
 
     def _count_retry(self) -> None:
         self.stats.retries += 1
 
     def _where(self) -> str:
         return f"generator at {self.config.base_url}"
+
+
+def _sorted_status(error: openai.APIStatusError) -> Unavailable | Rejected:
+    text = f"status {error.status_code}: {shorten(error.message)}"
+    if error.status_code in _RETRIED_STATUS or error.status_code >= 500:
+        return Unavailable(text, parse_retry_after(error.response.headers.get("retry-after")))
+    return Rejected(f"{text}; correct the configuration or the request")
 
 
 def _token_counter(config: GeneratorConfig) -> CountTokens:

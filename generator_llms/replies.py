@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from generator_llms.retry import Malformed
-from verl.errors import GeneratorError
+from generator_llms.retry import Malformed, Rejected
 
 _SHOWN_CHARS = 200
 
@@ -93,7 +92,7 @@ def read_completion(payload: Any, model: str | None, max_chars: int, logprobs: b
 
     Raises:
         Malformed: a part is missing or of the wrong kind; another try may help.
-        GeneratorError: another model answered, or it refused; another try will not help.
+        Rejected: another model answered, or it refused; another try will not help.
     """
     if not isinstance(payload, Mapping):
         raise Malformed(f"expected a JSON object, got {shorten(repr(payload))}")
@@ -105,7 +104,7 @@ def read_completion(payload: Any, model: str | None, max_chars: int, logprobs: b
     finish = choice.get("finish_reason")
     refusal = message.get("refusal")
     if refusal or finish == "content_filter":
-        raise GeneratorError(f"the generator refused: {shorten(str(refusal or finish))}; there is no answer to judge")
+        raise Rejected(f"the model refused: {shorten(str(refusal or finish))}; there is no answer to judge")
     usage = payload.get("usage")
     return Completion(
         text=_text(message, max_chars),
@@ -125,7 +124,7 @@ def _check_model(answered: Any, expected: str | None) -> None:
     if expected is None or answered is None:
         return
     if not isinstance(answered, str) or not answered.startswith(expected):
-        raise GeneratorError(
+        raise Rejected(
             f"model {answered!r} answered, expected {expected!r}; start the generator with the model that the "
             "configuration names, or set check_model=false if the endpoint renames its models"
         )

@@ -31,7 +31,11 @@ class Unavailable(Exception):
 
 
 class Malformed(Exception):
-    """The endpoint answered something that cannot be used."""
+    """The endpoint answered something that cannot be used; another try may help."""
+
+
+class Rejected(Exception):
+    """The endpoint will not answer this request, however often it is asked."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +65,15 @@ class RetryPolicy:
             on_retry: told about every retry, to count it.
 
         Raises:
-            GeneratorError: the bounds are reached; carries the last cause. `call` may raise it to stop at once.
+            GeneratorError: the bounds are reached or the request is rejected; carries the endpoint and the last cause.
         """
         first_failure: float | None = None
         attempts = unusable = 0
         while True:
             try:
                 return await call()
+            except Rejected as cause:
+                raise GeneratorError(f"{where}: {cause}") from cause
             except Malformed as cause:
                 unusable += 1
                 if unusable > self.malformed_retries:
@@ -94,7 +100,7 @@ class RetryPolicy:
 
 
 def parse_retry_after(value: str | None, now: Callable[[], float] = time.time) -> float | None:
-    """Return the seconds that a Retry-After header asks for, given as a number or an HTTP date; None if it is neither."""
+    """Return the seconds that a Retry-After header asks for, as a number or an HTTP date; None if it is neither."""
     if value is None:
         return None
     try:

@@ -10,11 +10,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from generator_llms.prompts import answer_messages
 from transformers import PreTrainedTokenizerFast
-from verl.agent.grammar.s3 import S3Config, S3Grammar
 
 from data_preprocess.world.language import FACTS_PER_ENTITY, RELATIONS, World, names, question_text, sentence
+from generator_llms import prompts
+from verl.agent.grammar.s3 import S3Config, S3Grammar
 from verl.types import Document, Question
 
 LINKED = 0.6  # share of objects that are subjects of another passage of the lesson, so that chains exist
@@ -115,7 +115,7 @@ class LessonMaker:
         for index, chain in enumerate(asked):
             question = Question("", chain.ask(self.rng), (chain.answer,), "world")
             if index == 0:
-                prompt = self._chat(answer_messages(question, self._passages(facts)))
+                prompt = self._chat(prompts.build("context", question, self._passages(facts)))
             else:
                 prompt = self._encode(f"\n<|im_start|>user\n{question.text}<|im_end|>\n<|im_start|>assistant\n")
             reply = self._encode(f"{final_answer_text(chain)}<|im_end|>")

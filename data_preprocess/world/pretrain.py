@@ -158,7 +158,7 @@ def pretrain(
         step += 1
         if not right.isnan():
             recent.append(right.item())
-        if len(recent) == 20 and sum(recent) / 20 > 0.9 and level < config.max_documents:
+        if len(recent) == 20 and sum(recent) / 20 > 0.8 and level < config.max_documents:
             level += 1
             recent.clear()
         if step % 25 == 0:

@@ -50,7 +50,9 @@ def test_scores_are_lucenes(corpus: Corpus, tmp_path: Path, config: BM25Config) 
     for query in ("capital of France", "the river Seine", "planet planet mercury", "liquids"):
         (result,) = engine.search([query], topk=8)
         expected = lucene_scores(corpus, query, config)
-        assert dict(zip((d.id for d in result.documents), result.scores, strict=True)) == pytest.approx(expected, abs=1e-5)
+        assert dict(zip((d.id for d in result.documents), result.scores, strict=True)) == pytest.approx(
+            expected, abs=1e-5
+        )
         assert list(result.scores) == sorted(result.scores, reverse=True)
 
 

@@ -132,7 +132,7 @@ def open_engine(folder: Path, corpus: Corpus, info: IndexInfo) -> BM25Engine:
         index = bm25s.BM25.load(str(folder / _FILES), mmap=True)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"index {folder} is damaged ({error}); build it again with --overwrite") from error
-    # Plain views of the mapped files: slicing an np.memmap costs ten times as much as slicing an array.
+    # Plain views of the mapped files: every slice of an np.memmap runs Python code, every slice of an array does not.
     for name in ("data", "indices", "indptr"):
         index.scores[name] = np.asarray(index.scores[name])
     if index.scores["num_docs"] != len(corpus) or len(index.scores["indptr"]) != len(index.vocab_dict) + 1:

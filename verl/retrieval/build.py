@@ -62,13 +62,23 @@ def build_index(
             workplace.mkdir()
             info = _write(corpus, retriever_name, options, workplace)
             info.save(workplace)
-            if target.exists():
-                target.rename(Path(folder) / "previous")
-            workplace.rename(target)
+            _put_in_place(workplace, target, Path(folder) / "previous")
     except OSError as error:
         raise DataError(f"cannot write index {target} ({error}); free some space or pass another --save_dir") from error
     logger.info("built %s over %d documents in %s", retriever_name, info.documents, target)
     return info
+
+
+def _put_in_place(new: Path, target: Path, previous: Path) -> None:
+    """Rename `new` to `target`; what was there goes to `previous`, and back if the renaming fails."""
+    if target.exists():
+        target.rename(previous)
+    try:
+        new.rename(target)
+    except OSError:
+        if previous.exists():
+            previous.rename(target)
+        raise
 
 
 def _planned(corpus: Corpus, retriever_name: str, options: BuildOptions) -> IndexInfo:
@@ -115,6 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("faiss").setLevel(logging.WARNING)  # it reports every instruction set it does not find
     # Ends through the context managers, which take the unfinished files with them.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:

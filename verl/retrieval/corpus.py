@@ -126,8 +126,8 @@ def read_documents(path: Path) -> Iterator[tuple[int, Document]]:
         DataError: names the file, the line and the reason of the first malformed line, or says how the gzip is broken.
     """
     number = 0
-    with path.open("rb") as raw, tqdm(total=path.stat().st_size, unit="B", unit_scale=True, delay=2) as progress:
-        progress.set_description(f"reading {path.name}")
+    progress = tqdm(total=path.stat().st_size, desc=f"reading {path.name}", unit="B", unit_scale=True, delay=2)
+    with path.open("rb") as raw, progress:
         zipped = raw.read(2) == _GZIP_MAGIC
         raw.seek(0)
         try:

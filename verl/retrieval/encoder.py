@@ -25,7 +25,7 @@ class Encoder:
     """A loaded encoder.
 
     A text is padded to a length that depends on that text alone (a multiple of 8 tokens) and only meets texts
-    of that length, so its vector does not depend on the texts around it: on a CPU it is the same to the last bits.
+    of that length, so its vector does not depend on the texts around it: on a CPU, measured, not even in the last bit.
     That is also why batches hold hardly any padding.
 
     Attributes:

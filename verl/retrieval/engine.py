@@ -109,10 +109,12 @@ def open_index(
         threads: CPU threads of a search; what the process may use when None.
 
     Raises:
-        ConfigError: unknown retriever, or the index was built by another retriever or encoder.
+        ConfigError: unknown retriever, `threads` below 1, or an index built by another retriever or encoder.
         DataError: no complete index there, a damaged one, or one that was built for another corpus.
     """
     check_retriever(retriever_name)
+    if threads is not None and threads < 1:
+        raise ConfigError(f"threads={threads}; expected at least 1, or none given to use what the process may")
     folder = _index_folder(Path(index_path))
     info = IndexInfo.load(folder)
     if info.retriever != retriever_name:

@@ -228,6 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("faiss").setLevel(logging.WARNING)  # it reports every instruction set it does not find
     try:
         config = ServerConfig(
             **{item.name: getattr(args, item.name) for item in fields(ServerConfig) if item.name in args}

@@ -175,7 +175,7 @@ class Scorer:
             return await _completed(outcome, evidence)
         except GeneratorError as error:
             logger.warning("no score for question %r: %s", trajectory.question.id, error)
-            return failed(str(error))
+            return failed(str(error) or repr(error))
 
 
 async def _completed(outcome: RewardOutcome, evidence: Evidence) -> RewardOutcome:

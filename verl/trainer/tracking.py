@@ -56,7 +56,9 @@ class Tracker:
     write again, are dropped from the history.
     """
 
-    def __init__(self, folder: Path, config: TrackingConfig, run_config: Mapping[str, Any], resume_step: int = 0) -> None:
+    def __init__(
+        self, folder: Path, config: TrackingConfig, run_config: Mapping[str, Any], resume_step: int = 0
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.history = read_history(folder / "metrics.jsonl", resume_step)
         self._config = config
@@ -98,8 +100,13 @@ def console_line(metrics: Mapping[str, float], step: int) -> str:
 
 
 def read_history(path: Path, last_step: int) -> list[dict[str, float]]:
-    """Return the rows of a metrics file up to `last_step`; a last line that a kill cut short is left out."""
-    if not path.exists() or last_step <= 0:
+    """Return the rows of a metrics file up to `last_step`; none when nothing is resumed."""
+    return [row for row in read_all(path) if row["step"] <= last_step] if last_step > 0 else []
+
+
+def read_all(path: Path) -> list[dict[str, float]]:
+    """Return all rows of a metrics file; a last line that a kill cut short is left out."""
+    if not path.exists():
         return []
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -107,8 +114,7 @@ def read_history(path: Path, last_step: int) -> list[dict[str, float]]:
             row = json.loads(line)
         except json.JSONDecodeError:
             break
-        if row["step"] <= last_step:
-            rows.append({key: math.nan if value is None else value for key, value in row.items()})
+        rows.append({key: math.nan if value is None else value for key, value in row.items()})
     return rows
 
 

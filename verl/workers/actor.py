@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from verl.batch import Batch, TrainBatch
-from verl.workers.export import export_causal_lm, full_weights
+from verl.workers.export import export_causal_lm, full_weights, weight_shapes
 from verl.workers.heads import LogProbModel
 from verl.workers.learner import Learner, LossOutput, UpdateConfig
 from verl.workers.model import ModelConfig, load_causal_lm
@@ -39,12 +39,6 @@ class ActorConfig:
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature}; the policy that is trained needs more than 0")
-        if self.loss.tis_cap is not None and self.temperature != 1.0:
-            raise ValueError(
-                f"loss.tis_cap={self.loss.tis_cap} with temperature={self.temperature}: rollouts record "
-                "log-probabilities before temperature, so the ratio would compare two different distributions; "
-                "use temperature=1 or set tis_cap to null"
-            )
 
 
 class Actor(Learner[LogProbModel]):
@@ -98,6 +92,10 @@ class Actor(Learner[LogProbModel]):
         """
         self.wake()
         return full_weights(self.model, dtype or self._config.model.compute_dtype)
+
+    def weight_shapes(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Return name, dtype and shape of what `full_weights()` yields, in its order, without gathering."""
+        return weight_shapes(self.model, self._config.model.compute_dtype)
 
     def export_hf(self, folder: Path, tokenizer_path: str, dtype: torch.dtype | None = None) -> None:
         """Write a folder that transformers and vLLM load: config, safetensors, tokenizer; rank 0 writes.

@@ -44,26 +44,42 @@ _Finish = Literal["stop", "length"]
 class HFEngine:
     """A `RolloutEngine` over transformers."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.config = config
         self.weight_version = 0
-        device = config.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._device = torch.device(device)
-        self._model, self._tokenizer = _load(config, self._device)
-        self._ends = _end_ids(self._model, self._tokenizer)
+        self._model = model.eval()
+        self._tokenizer = tokenizer
+        self._device = model.device
+        self._ends = _end_ids(model, tokenizer)
         self._seeds = random.Random(config.seed)
         self._gate = UpdateGate()
         self._waiting: list[_Row] = []
         self._decoder: asyncio.Task[None] | None = None
         self._closed = False
 
+    @classmethod
+    def load(cls, config: EngineConfig) -> HFEngine:
+        """Load the model and tokenizer that `config` names.
+
+        Raises:
+            EngineError: they cannot be loaded.
+        """
+        device = config.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch_dtype(config))
+            tokenizer = AutoTokenizer.from_pretrained(config.model)
+        except (OSError, ValueError) as error:
+            raise EngineError(f"model {config.model!r} cannot be loaded: {error}") from error
+        return cls(config, model.to(device), tokenizer)
+
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Generation:
         """Continue `prompt_ids`; see `PolicyEngine`."""
         if self._closed:
             raise EngineError("the hf engine is closed; create another one")
         budget = token_budget(prompt_ids, sampling, self.config.max_model_len)
+        self._check_vocabulary(prompt_ids)
         seed = self._seeds.getrandbits(63) if sampling.seed is None else sampling.seed
         async with self._gate.generation():
             answer: asyncio.Future[Generation] = asyncio.get_running_loop().create_future()
@@ -87,21 +103,33 @@ class HFEngine:
         if self._decoder is not None:
             await self._decoder
 
+    def _check_vocabulary(self, prompt_ids: Sequence[int]) -> None:
+        size = self._model.config.get_text_config().vocab_size
+        if min(prompt_ids) < 0 or max(prompt_ids) >= size:
+            raise EngineError(f"a prompt id lies outside the model's vocabulary of {size}; is the tokenizer its own?")
+
     async def _drain(self) -> None:
-        """Decode batches until nothing waits."""
-        loop = asyncio.get_running_loop()
-        while self._waiting:
-            await asyncio.sleep(0)  # callers that are ready now join this batch
-            batch, self._waiting = self._waiting[: self.config.max_num_seqs], self._waiting[self.config.max_num_seqs :]
-            try:
-                await asyncio.to_thread(self._decode, batch, loop.call_soon_threadsafe)
-            except RuntimeError as error:  # torch's own errors, out of memory among them
-                logger.error("decoding %d sequences failed: %s", len(batch), error)
-                for row in batch:
-                    _fail(row, f"decoding failed: {error}")
-            finally:  # the thread's answers were scheduled before its end, so they are in
-                for row in batch:
-                    _fail(row, "the decoder ended without an answer")
+        """Decode batches until nothing waits; no caller is left without an answer, whatever happens."""
+        batch: list[_Row] = []
+        try:
+            while self._waiting:
+                await asyncio.sleep(0)  # callers that are ready now join this batch
+                size = self.config.max_num_seqs
+                batch, self._waiting = self._waiting[:size], self._waiting[size:]
+                await self._decode_in_thread(batch)
+        finally:
+            for row in (*batch, *self._waiting):
+                _fail(row, "the decoder ended without an answer")
+            self._waiting = []
+
+    async def _decode_in_thread(self, batch: Sequence[_Row]) -> None:
+        call = asyncio.get_running_loop().call_soon_threadsafe
+        try:
+            await asyncio.to_thread(self._decode, batch, call)
+        except RuntimeError as error:  # torch's own errors, out of memory among them
+            logger.error("decoding %d sequences failed: %s", len(batch), error)
+            for row in batch:
+                _fail(row, f"decoding failed: {error}")
 
     @torch.inference_mode()
     def _decode(self, batch: Sequence[_Row], call: Callable[..., Any]) -> None:
@@ -168,15 +196,6 @@ class HFEngine:
             ids[index, longest - len(row.prompt_ids) :] = torch.tensor(row.prompt_ids)
             mask[index, longest - len(row.prompt_ids) :] = 1
         return ids.to(self._device), mask.to(self._device)
-
-
-def _load(config: EngineConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    try:
-        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch_dtype(config))
-        tokenizer = AutoTokenizer.from_pretrained(config.model)
-    except (OSError, ValueError) as error:
-        raise EngineError(f"model {config.model!r} cannot be loaded: {error}") from error
-    return model.to(device).eval(), tokenizer
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -10,6 +10,7 @@ import itertools
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMClientError
 from vllm.outputs import CompletionOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
@@ -36,7 +38,8 @@ from verl.workers.engines import (
 )
 
 _SHARED_MEMORY = Path("/dev/shm")
-_FAILURES = (EngineDeadError, EngineGenerateError, ValueError)
+_CLOSED = "the vLLM engine is closed; create another one"
+_FAILURES = (EngineDeadError, EngineGenerateError, VLLMClientError, ValueError)
 
 
 class VLLMEngine:
@@ -85,15 +88,23 @@ class VLLMEngine:
 
         The tensors travel through a file in shared memory, which every worker process reads.
         """
+        if self._unusable:
+            raise EngineError(self._unusable)
         tied = self._llm.model_config.hf_text_config.tie_word_embeddings
         if reason := why_not_updatable(tied, self._on_cpu):
             raise EngineError(reason)
         async with self._gate.update():
-            checked = checked_weights(_skeleton(self.config.model), weights)
+            checked = checked_weights(self._skeleton, weights)
             self._unusable = f"vLLM did not take the weights of version {version} as a whole; create the engine anew"
             await self._swap(checked)
             self._unusable = ""
             self.weight_version = version
+
+    @cached_property
+    def _skeleton(self) -> torch.nn.Module:
+        """The model without storage: its parameters' names and shapes."""
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.config.model))
 
     async def _swap(self, weights: dict[str, Tensor]) -> None:
         # Requests that a stop string ended leave vLLM's scheduler a moment later; pausing waits for them, and empties
@@ -109,9 +120,11 @@ class VLLMEngine:
         await self._llm.resume_generation()
 
     async def close(self) -> None:
-        """Stop vLLM's processes."""
-        self._unusable = "the vLLM engine is closed; create another one"
-        self._llm.shutdown()
+        """Stop vLLM's processes; may be called again."""
+        self._unusable = self._unusable or _CLOSED
+        if hasattr(self, "_llm"):
+            self._llm.shutdown()
+            del self._llm  # else its finaliser would run when the interpreter is half gone
 
     def _generation(self, output: CompletionOutput) -> Generation:
         if output.finish_reason not in ("stop", "length"):
@@ -150,12 +163,6 @@ def _set_environment(config: EngineConfig) -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if Path(config.model).is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-
-def _skeleton(model: str) -> torch.nn.Module:
-    """Return the model without storage: its parameters' names and shapes."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
 
 
 def _write(weights: dict[str, Tensor], path: str, dtype: torch.dtype) -> None:

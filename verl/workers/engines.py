@@ -98,7 +98,7 @@ def create_engine(config: EngineConfig) -> RolloutEngine:
         return VLLMEngine(config)
     from verl.workers.engine_hf import HFEngine
 
-    return HFEngine(config)
+    return HFEngine.load(config)
 
 
 class UpdateGate:

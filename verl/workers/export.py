@@ -14,7 +14,7 @@ from transformers.core_model_loading import WeightConverter
 
 from verl.errors import ConfigError
 from verl.workers.heads import HEAD_FILE, HEAD_NAME, LogProbModel, ValueModel
-from verl.workers.model import gathered
+from verl.workers.model import gathered, to_shards
 
 
 def full_weights(model: LogProbModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -27,12 +27,19 @@ def full_weights(model: LogProbModel, dtype: torch.dtype) -> Iterator[tuple[str,
             not what a checkpoint or a rollout engine calls them.
     """
     if any(isinstance(rule, WeightConverter) for rule in get_model_conversion_mapping(model.causal_lm)):
+        kind = model.causal_lm.config.model_type
         raise ConfigError(
-            f"{model.causal_lm.config.model_type} keeps its weights in another layout than its checkpoints; exporting it and "
-            "sending it to a rollout engine are not supported: use a dense model"
+            f"{kind} keeps its weights in another layout than its checkpoints; exporting it and sending it to a "
+            "rollout engine are not supported: use a dense model"
         )
     for name, value in gathered(model, dtype):
-        yield name.removeprefix("causal_lm."), value
+        yield _hf_name(name), value
+
+
+def weight_shapes(model: LogProbModel, dtype: torch.dtype) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """Return what `full_weights` will yield, without gathering anything."""
+    to_shards(model)
+    return [(_hf_name(name), dtype, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
 
 
 def export_causal_lm(
@@ -60,6 +67,10 @@ def export_value_model(
     body = {name.removeprefix("body."): value for name, value in state.items()}
     _save(AutoModel, model.body, body, folder, tokenizer_path)
     save_file({HEAD_NAME: head.float()}, folder / HEAD_FILE)
+
+
+def _hf_name(name: str) -> str:
+    return name.removeprefix("causal_lm.")
 
 
 def _collect(weights: Iterable[tuple[str, Tensor]], keeps: bool) -> dict[str, Tensor]:

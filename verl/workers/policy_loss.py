@@ -5,7 +5,7 @@ Legend: B sequences, S tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -49,9 +49,7 @@ class PolicyLossConfig:
 
     def __post_init__(self) -> None:
         if self.kind == "gspo" and self.aggregation != "seq_mean_token_mean":
-            raise ValueError(
-                f"aggregation={self.aggregation} with kind=gspo; GSPO is seq_mean_token_mean by definition"
-            )
+            raise ValueError(f"aggregation={self.aggregation} with kind=gspo; GSPO is seq_mean_token_mean")
         if self.kind == "gspo" and self.dual_clip is not None:
             raise ValueError("dual_clip belongs to kind=ppo; set it to null with kind=gspo")
         if self.tis_cap is not None and not self.tis_cap > 0:

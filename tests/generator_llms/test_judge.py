@@ -1,0 +1,85 @@
+"""The judge pays for a clear yes and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from generator_llms.judge import LLMJudge, parse_verdict
+from generator_llms.prompts import Message
+from generator_llms.replies import Completion
+from verl.errors import GeneratorError
+from verl.types import Question
+
+QUESTION = Question("q", "Who?", ("Ada",), "toy")
+
+
+class Scripted:
+    """A chat model that says what it is told to; an exception is raised."""
+
+    def __init__(self, *replies: str | Exception) -> None:
+        self.replies = list(replies)
+        self.asked: list[list[Message]] = []
+        self.bounds: list[int | None] = []
+
+    async def __call__(self, messages: Sequence[Message], *, max_tokens: int | None = None) -> Completion:
+        self.asked.append(list(messages))
+        self.bounds.append(max_tokens)
+        reply = self.replies.pop(0)
+        if isinstance(reply, Exception):
+            raise reply
+        return Completion(reply)
+
+
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [
+        ("yes", True),
+        ("Yes.", True),
+        ("  **YES**, it does", True),
+        ("no", False),
+        ("No!", False),
+        ("yes and no", None),
+        ("no, well, yes", None),
+        ("It is yes", None),
+        ("Yesterday", None),
+        ("None", None),
+        ("nothing", None),
+        ("yes_no", None),
+        ("", None),
+        ("42", None),
+    ],
+)
+def test_only_a_clear_first_word_is_a_verdict(reply: str, verdict: bool | None) -> None:
+    assert parse_verdict(reply) is verdict
+
+
+@pytest.mark.parametrize(("reply", "verdict"), [("yes", True), ("no", False)])
+async def test_a_clear_reply_is_asked_for_once(reply: str, verdict: bool) -> None:
+    model = Scripted(reply)
+    judge = LLMJudge(model)
+    assert await judge(QUESTION, "Ada") is verdict
+    assert (judge.stats.yes, judge.stats.no, judge.stats.abstained) == (int(verdict), int(not verdict), 0)
+    assert model.bounds == [10]
+
+
+async def test_an_unclear_reply_is_asked_for_once_more_with_the_reply_in_view() -> None:
+    model = Scripted("yes and no", "no")
+    assert await LLMJudge(model)(QUESTION, "Ada") is False
+    assert [message["role"] for message in model.asked[1]] == ["system", "user", "assistant", "user"]
+    assert model.asked[1][2]["content"] == "yes and no"
+    assert model.asked[1] != model.asked[0]  # the same conversation would only return the cached reply
+
+
+async def test_two_unclear_replies_are_an_abstention() -> None:
+    judge = LLMJudge(Scripted("yes and no", "perhaps"))
+    assert await judge(QUESTION, "Ada") is None
+    assert (judge.stats.yes, judge.stats.no, judge.stats.abstained) == (0, 0, 1)
+
+
+async def test_a_failure_is_not_a_verdict() -> None:
+    judge = LLMJudge(Scripted(GeneratorError("down")))
+    with pytest.raises(GeneratorError, match="down"):
+        await judge(QUESTION, "Ada")
+    assert (judge.stats.yes, judge.stats.no, judge.stats.abstained) == (0, 0, 0)

@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.retrieval.support import PASSAGES, FakeEngine, free_port
+from verl.errors import ConfigError, RetrieverError
+from verl.retrieval.client import RetrieverClient, RetrieverClientConfig, search_sync
+from verl.retrieval.corpus import Corpus
+from verl.retrieval.server import ServerConfig, create_app
+from verl.retrieval.wire import RequestLimits, parse_response
+from verl.types import Document, SearchResult
+
+URL = "http://retriever/retrieve"
+FAST = {"url": URL, "timeout_s": 5.0, "retry_window_s": 0.0, "backoff_s": 0.001, "max_backoff_s": 0.002}
+
+Handler = Callable[[httpx.Request], Awaitable[httpx.Response]] | Callable[[httpx.Request], httpx.Response]
+
+
+def make_client(handler: Handler, **changes: Any) -> RetrieverClient:
+    return RetrieverClient(RetrieverClientConfig(**{**FAST, **changes}), transport=httpx.MockTransport(handler))
+
+
+class Service:
+    """Answers every query with one document named after it, and remembers the requests."""
+
+    def __init__(self, fail_first: int = 0, failure: httpx.Response | Exception | None = None) -> None:
+        self.requests: list[dict[str, Any]] = []
+        self._failures_left = fail_first
+        self._failure = failure
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.requests.append(json.loads(request.content))
+        if self._failures_left:
+            self._failures_left -= 1
+            if isinstance(self._failure, Exception):
+                raise self._failure
+            assert self._failure is not None
+            return self._failure
+        document = {"id": "1", "contents": '"T"\ntext'}
+        hits = [[{"document": {**document, "id": query}, "score": 1.5}] for query in self.requests[-1]["queries"]]
+        return httpx.Response(200, json={"result": hits})
+
+
+async def test_a_published_servers_answer_becomes_results() -> None:
+    async with make_client(Service()) as client:
+        assert await client(["a", "b"], 3) == [
+            SearchResult("a", (Document("a", "T", "text"),), (1.5,)),
+            SearchResult("b", (Document("b", "T", "text"),), (1.5,)),
+        ]
+
+
+async def test_concurrent_calls_share_requests_and_get_their_own_answers(corpus: Corpus) -> None:
+    service = Service()
+    async with make_client(service, batch_queries=16, max_requests=1) as client:
+        results = await asyncio.gather(*(client([f"q{n}"], 3) for n in range(40)))
+    assert [result.query for (result,) in results] == [f"q{n}" for n in range(40)]
+    assert [result.documents[0].id for (result,) in results] == [f"q{n}" for n in range(40)]
+    assert len(service.requests) <= 4 and max(len(r["queries"]) for r in service.requests) == 16
+
+
+async def test_calls_with_another_topk_get_their_own_request() -> None:
+    service = Service()
+    async with make_client(service) as client:
+        await asyncio.gather(client(["a"], 3), client(["b"], 5))
+    assert sorted((r["topk"], r["queries"], r["return_scores"]) for r in service.requests) == [
+        (3, ["a"], True),
+        (5, ["b"], True),
+    ]
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        httpx.ConnectError("refused"),
+        httpx.ReadTimeout("slow"),
+        httpx.RemoteProtocolError("closed"),
+        httpx.Response(500),
+        httpx.Response(502, text="bad gateway"),
+        httpx.Response(503, headers={"Retry-After": "1"}),
+    ],
+)
+async def test_what_may_pass_is_tried_again(failure: httpx.Response | Exception) -> None:
+    service = Service(fail_first=3, failure=failure)
+    async with make_client(service, retry_window_s=5.0) as client:
+        assert (await client(["a"], 1))[0].query == "a"
+    assert len(service.requests) == 4
+
+
+async def test_a_service_that_stays_away_is_reported_after_the_window() -> None:
+    service = Service(fail_first=10**9, failure=httpx.ConnectError("refused"))
+    async with make_client(service, retry_window_s=0.05) as client:
+        with pytest.raises(
+            RetrieverError, match=rf"{URL} gave no answer: ConnectError: refused .*check that"
+        ) as caught:
+            await client(["a"], 1)
+    assert isinstance(caught.value.__cause__, Exception)
+    assert len(service.requests) > 3
+
+
+async def test_without_a_window_there_is_one_attempt() -> None:
+    service = Service(fail_first=9, failure=httpx.Response(503, json={"error": {"code": "x", "message": "full"}}))
+    async with make_client(service) as client:
+        with pytest.raises(RetrieverError, match=r"status 503: full \(1 attempts"):
+            await client(["a"], 1)
+    assert len(service.requests) == 1
+
+
+def test_a_dead_server_is_an_error_with_its_address() -> None:
+    url = f"http://127.0.0.1:{free_port()}/retrieve"
+    with pytest.raises(RetrieverError, match=rf"{url} gave no answer: ConnectError"):
+        search_sync(RetrieverClientConfig(**{**FAST, "url": url}), ["a"], 1)
+
+
+async def test_a_refusal_is_raised_at_once_with_the_servers_words(corpus: Corpus) -> None:
+    transport = httpx.ASGITransport(create_app(FakeEngine(corpus), ServerConfig()))
+    client = RetrieverClient(RetrieverClientConfig(**{**FAST, "retry_window_s": 60.0}), transport)
+    async with client:
+        with pytest.raises(
+            RetrieverError, match=r"refused the request with 422: topk=9 exceeds the corpus's 8 documents"
+        ):
+            await client(["a"], 9)
+
+
+async def test_a_refused_query_fails_for_its_caller_alone(corpus: Corpus) -> None:
+    engine = FakeEngine(corpus)
+    config = ServerConfig(limits=RequestLimits(max_query_chars=5))
+    transport = httpx.ASGITransport(create_app(engine, config))
+    async with RetrieverClient(RetrieverClientConfig(**FAST), transport) as client:
+        asked = ["a", "too long 1", "b", "too long 2", "c"]
+        calls = [asyncio.create_task(client([query], 1)) for query in asked]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+    for query, answer in zip(asked, answers, strict=True):
+        if len(query) > 5:
+            assert isinstance(answer, RetrieverError) and "10 characters; expected at most 5" in str(answer)
+        else:
+            assert isinstance(answer, list) and answer[0].query == query
+
+
+async def test_documents_survive_the_way_over_the_wire(corpus: Corpus) -> None:
+    transport = httpx.ASGITransport(create_app(FakeEngine(corpus), ServerConfig()))
+    async with RetrieverClient(RetrieverClientConfig(**FAST), transport) as client:
+        (result,) = await client(["ü日本"], 8)
+    assert result == SearchResult("ü日本", tuple(Document(*p) for p in PASSAGES), (3.0,) * 8)
+
+
+@pytest.mark.parametrize(
+    ("queries", "reason"),
+    [
+        ([], r"queries=\[\]; expected a list of at least one query"),
+        ("abc", "queries='abc'; expected a list"),
+        (["a", "  "], r"queries\[1\] is blank"),
+        ([["a"]], r"queries\[0\] is a list of 1; expected a string"),
+        (["\ud800"], "unpaired surrogate"),
+    ],
+)
+async def test_a_query_that_cannot_be_asked_is_not_sent(queries: Any, reason: str) -> None:
+    service = Service()
+    async with make_client(service) as client:
+        with pytest.raises(RetrieverError, match=reason):
+            await client(queries, 1)
+    assert service.requests == []
+
+
+@pytest.mark.parametrize(
+    ("query", "sent"),
+    [
+        ("exactly 10", "exactly 10"),
+        ("one two three", "one two"),
+        ("ten chars! and more", "ten chars!"),
+        ("unbreakable", "unbreakabl"),
+        ("   padded to the left", "padded to"),
+    ],
+)
+async def test_a_long_query_is_cut_at_a_word_counted_and_logged_once(
+    query: str, sent: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = Service()
+    with caplog.at_level(logging.WARNING):
+        async with make_client(service, max_query_chars=10) as client:
+            results = await client([query, query], 1)
+    assert [result.query for result in results] == service.requests[0]["queries"] == [sent, sent]
+    assert client.truncated == (0 if query == sent else 2)
+    assert len(caplog.records) == (0 if query == sent else 1)
+
+
+@given(st.text(min_size=11, max_size=40).filter(lambda text: not text.isspace()))
+def test_a_cut_query_is_never_too_long_and_the_start_of_what_was_asked(query: str) -> None:
+    client = make_client(Service(), max_query_chars=10)
+    sent = client._shortened(query)
+    assert 0 < len(sent) <= 10 and query.strip().startswith(sent)
+
+
+WRONG_ANSWERS: list[tuple[Any, str]] = [
+    (b"<html>", "not JSON"),
+    ([], "result=None; expected a list of 2"),
+    ({"result": "x"}, "result='x'"),
+    ({"result": [[]]}, "1 results; expected a list of 2"),
+    ({"result": [[], 5]}, "has 5 for a query"),
+    ({"result": [[], [{}] * 3]}, "3 hits for a query; expected a list of at most topk=2"),
+    ({"result": [[], ["text"]]}, "a hit is 'text'"),
+    ({"result": [[], [{"id": "1", "contents": "x"}]]}, "expected an object with document and score"),
+    ({"result": [[], [{"document": {"id": "1", "contents": "x"}}]]}, "score=None; expected a finite number"),
+    ({"result": [[], [{"document": {"id": "1", "contents": "x"}, "score": float("nan")}]]}, "score=nan"),
+    ({"result": [[], [{"document": {"id": "1", "contents": "x"}, "score": 10**400}]]}, "expected a finite number"),
+    ({"result": [[], [{"document": {"contents": "x"}, "score": 1}]]}, "id=None"),
+    ({"result": [[], [{"document": {"id": "1"}, "score": 1}]]}, "contents=None"),
+]
+
+
+@pytest.mark.parametrize(("answer", "reason"), WRONG_ANSWERS, ids=[reason for _, reason in WRONG_ANSWERS])
+async def test_an_answer_that_breaks_the_contract_is_an_error(answer: Any, reason: str) -> None:
+    content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+    async with make_client(lambda _: httpx.Response(200, content=content), retry_window_s=60.0) as client:
+        with pytest.raises(RetrieverError, match=f"retriever {URL}: .*check that the URL is a retriever's") as caught:
+            await client(["a", "b"], 2)
+    assert reason in str(caught.value)
+
+
+@given(st.recursive(st.none() | st.floats() | st.text(max_size=5), lambda s: st.lists(s) | st.fixed_dictionaries(
+    {}, optional={"result": s, "document": s, "score": s, "id": s, "contents": s}), max_leaves=8))  # fmt: skip
+def test_any_answer_is_results_or_an_error(answer: Any) -> None:
+    try:
+        results = parse_response(json.dumps(answer).encode(), ["a"], 3)
+    except RetrieverError:
+        return
+    assert [result.query for result in results] == ["a"]
+    assert len(results[0].documents) == len(results[0].scores) <= 3
+
+
+def test_a_client_belongs_to_one_event_loop() -> None:
+    client = make_client(Service())
+    asyncio.run(client(["a"], 1))
+
+    async def again() -> None:
+        with pytest.raises(RetrieverError, match="another event loop"):
+            await client(["a"], 1)
+
+    asyncio.run(again())
+
+
+@pytest.mark.parametrize("wrong", [{"url": "localhost:3000"}, {"batch_queries": 0}, {"max_requests": 0}])
+def test_a_wrong_client_config_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        RetrieverClientConfig(**wrong)

@@ -1,0 +1,121 @@
+"""Methods that gather documents for a question. Each is one callable: question in, documents and their trace out.
+
+A method that talks in turns is a grammar on the one agent loop and needs no class of its own, only a `Searcher` with
+that grammar. To add another kind of method, write a class with `__call__` and enter it in `verl.evaluation.collect`.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from verl.agent.grammar.base import Grammar
+from verl.agent.loop import Tokenizer, derive_seed, run
+from verl.agent.protocols import PolicyEngine, Sampling, Search
+from verl.errors import RetrieverError
+from verl.rewards.text import normalise
+from verl.types import Document, Question, Stop, Trajectory, Turn
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """What a method found for one question.
+
+    Attributes:
+        trajectory: the trace; its `documents` are what the generator gets. `stop` is FAILED when a service failed.
+        response: what the policy wrote and was answered, as text; empty for methods without a policy.
+    """
+
+    trajectory: Trajectory
+    response: str = ""
+
+
+class Collector(Protocol):
+    """A method. Calls may be concurrent."""
+
+    async def __call__(self, question: Question) -> Gathered:
+        """Gather documents for one question.
+
+        Raises:
+            RetrieverError: after bounded retries, unless the trace says so itself (`Stop.FAILED`).
+        """
+        ...
+
+
+class NaiveRag:
+    """The question is the query, and the first `topk` documents are the context."""
+
+    def __init__(self, search: Search, topk: int) -> None:
+        self._search = search
+        self._topk = topk
+
+    async def __call__(self, question: Question) -> Gathered:
+        """Search once."""
+        results = await self._search([question.text], self._topk)
+        if len(results) != 1:
+            raise RetrieverError(f"search returned {len(results)} results for 1 query; expected one per query")
+        turn = Turn(segments=(), text="", query=question.text, finished=True, result=results[0])
+        return Gathered(Trajectory(question, (), (turn,), Stop.FINISHED, results[0].documents))
+
+
+class Oracle:
+    """Looks up the gold passages: the ceiling that corpus and generator allow.
+
+    Args:
+        passages: passages by title key, from `passages_of`. Titles that are not in the corpus are left out, which the
+            recall shows.
+    """
+
+    def __init__(self, passages: Mapping[str, tuple[Document, ...]]) -> None:
+        self._passages = passages
+
+    async def __call__(self, question: Question) -> Gathered:
+        """Return the gold passages in hop order."""
+        titles = dict.fromkeys(title_key(title) for title in question.gold_titles)
+        documents = tuple(document for title in titles for document in self._passages.get(title, ()))
+        return Gathered(Trajectory(question, (), (), Stop.FINISHED, documents))
+
+
+class Searcher:
+    """A policy that plays a search protocol.
+
+    Args:
+        sampling: as for `verl.agent.loop.run`. With a seed, each question gets its own one, derived from it and from
+            the question's id, so that the outcome does not depend on the order of the questions.
+    """
+
+    def __init__(
+        self, grammar: Grammar, engine: PolicyEngine, search: Search, tokenizer: Tokenizer, sampling: Sampling
+    ) -> None:
+        self._grammar = grammar
+        self._engine = engine
+        self._search = search
+        self._tokenizer = tokenizer
+        self._sampling = sampling
+
+    async def __call__(self, question: Question) -> Gathered:
+        """Play one trajectory."""
+        seed = derive_seed(self._sampling.seed, zlib.crc32(question.id.encode()))
+        sampling = replace(self._sampling, seed=seed)
+        trajectory = await run(question, self._grammar, self._engine, self._search, self._tokenizer, sampling)
+        ids = [token for segment in trajectory.segments for token in segment.ids]
+        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Gathered(trajectory, text)
+
+
+def passages_of(questions: Iterable[Question], corpus: Iterable[Document]) -> dict[str, tuple[Document, ...]]:
+    """Return all passages of the questions' gold titles by title key, read from the corpus in one pass."""
+    wanted: Collection[str] = {title_key(title) for question in questions for title in question.gold_titles}
+    found: dict[str, tuple[Document, ...]] = {}
+    for document in corpus:
+        key = title_key(document.title)
+        if key in wanted:
+            found[key] = (*found.get(key, ()), document)
+    return found
+
+
+def title_key(title: str) -> str:
+    """Return what two spellings of a title have in common."""
+    return normalise(title) or title.strip().lower()

@@ -1,0 +1,200 @@
+"""Checkpoints that are whole or not there.
+
+A checkpoint is a folder `step_000020` with the learners' shards (`torch.distributed.checkpoint`, so it loads on another
+number of processes), the driver's state, and a Hugging Face export that vLLM serves. It is written under a temporary
+name and renamed when everything is on disk, so a kill at any moment leaves the previous one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from verl.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+DRIVER = "driver.json"
+LEARNERS = "learners"
+EXPORT = "hf"
+_NAME = re.compile(r"step_(\d{6,})")
+Write = Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and what to keep.
+
+    Attributes:
+        save_freq: save every so many steps, and always after the last one; 0 saves only after the last.
+        keep: newest checkpoints that stay.
+        best_metric: validation metric whose best checkpoint stays too; null keeps none for that.
+        export_hf: also write each checkpoint in Hugging Face format.
+    """
+
+    save_freq: int = 50
+    keep: int = 2
+    best_metric: str | None = "val/accuracy"
+    export_hf: bool = True
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ValueError(f"keep={self.keep}; expected at least 1, or nothing could be resumed")
+        if self.save_freq < 0:
+            raise ValueError(f"save_freq={self.save_freq}; expected 0 or more")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    path: Path
+    step: int
+    driver: Mapping[str, Any]
+
+    @property
+    def learners(self) -> Path:
+        """Folder of the learners' shards."""
+        return self.path / LEARNERS
+
+    @property
+    def export(self) -> Path:
+        """Folder of the Hugging Face export."""
+        return self.path / EXPORT
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one folder."""
+
+    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
+        self._folder = folder
+        self._config = config
+
+    def save(
+        self, step: int, driver: Mapping[str, Any], write_learners: Write, write_export: Write | None = None
+    ) -> Checkpoint:
+        """Write the checkpoint of `step`, then drop those that need not stay.
+
+        Args:
+            driver: JSON-safe state of the driver; the best metric's value, if any, under `"best"`.
+            write_learners: writes all ranks' shards into the given folder.
+            write_export: writes the Hugging Face export into the given folder.
+
+        Raises:
+            CheckpointError: the disk refused; the previous checkpoints are untouched.
+        """
+        target = self._folder / f"step_{step:06d}"
+        partial = self._folder / f".{target.name}.partial"
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            write_learners(partial / LEARNERS)
+            if write_export is not None and self._config.export_hf:
+                write_export(partial / EXPORT)
+            _write_synced(partial / DRIVER, json.dumps({"step": step, **driver}))
+            _sync_tree(partial)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(partial, target)
+            _sync(self._folder)
+        except OSError as cause:
+            raise CheckpointError(f"checkpoint {target} could not be written ({cause}); free some space") from cause
+        logger.info("saved %s", target)
+        self._drop_old()
+        return load(target)
+
+    def latest(self) -> Checkpoint | None:
+        """Return the newest complete checkpoint, or None; incomplete ones are passed over."""
+        for path in reversed(self._paths()):
+            try:
+                return load(path)
+            except CheckpointError as error:
+                logger.warning("%s; trying an earlier one", error)
+        return None
+
+    def best(self) -> Checkpoint | None:
+        """Return the checkpoint with the highest recorded metric (the earliest of equals), or None."""
+        rated = [c for c in map(_load_or_none, self._paths()) if c and c.driver.get("best") is not None]
+        return max(rated, key=lambda c: (c.driver["best"], -c.step), default=None)
+
+    def set_aside(self) -> None:
+        """Rename the folder of an earlier run's checkpoints, so that a new run cannot mistake them for its own."""
+        if not self._paths():
+            return
+        number = 1
+        while (aside := self._folder.with_name(f"{self._folder.name}.{number}")).exists():
+            number += 1
+        self._folder.rename(aside)
+        logger.warning("an earlier run's checkpoints are now in %s", aside)
+
+    def _paths(self) -> list[Path]:
+        if not self._folder.is_dir():
+            return []
+        return sorted(path for path in self._folder.iterdir() if _NAME.fullmatch(path.name))
+
+    def _drop_old(self) -> None:
+        best = self.best() if self._config.best_metric else None
+        for path in self._paths()[: -self._config.keep]:
+            if best is None or path != best.path:
+                shutil.rmtree(path)
+
+
+def load(path: Path) -> Checkpoint:
+    """Open a checkpoint folder.
+
+    Raises:
+        CheckpointError: it is missing or incomplete.
+    """
+    try:
+        driver = json.loads((path / DRIVER).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as cause:
+        raise CheckpointError(f"{path} is no complete checkpoint ({cause}); expected a folder step_NNNNNN") from cause
+    if not (path / LEARNERS).is_dir():
+        raise CheckpointError(f"{path} has no {LEARNERS}/; expected a folder step_NNNNNN as the trainer writes it")
+    return Checkpoint(path, int(driver["step"]), driver)
+
+
+def find(resume: str, checkpoints: Checkpoints) -> Checkpoint | None:
+    """Return what `trainer.resume` asks for: `auto` the latest if any, `never` None, else the folder of that path.
+
+    Raises:
+        CheckpointError: a path that holds no complete checkpoint.
+    """
+    if resume == "never":
+        return None
+    return checkpoints.latest() if resume == "auto" else load(Path(resume))
+
+
+def _load_or_none(path: Path) -> Checkpoint | None:
+    try:
+        return load(path)
+    except CheckpointError:
+        return None
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_tree(folder: Path) -> None:
+    """Flush every file and folder below, so that the rename cannot overtake their content."""
+    for path in folder.rglob("*"):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,121 @@
+"""Everything a training run is configured by, out of the components' own config classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from generator_llms.config import GeneratorConfig
+from verl.agent.grammar.s3 import S3Config
+from verl.agent.protocols import Sampling
+from verl.retrieval.client import RetrieverClientConfig
+from verl.rewards.registry import RewardConfig
+from verl.single_controller.cluster import RayConfig
+from verl.single_controller.placement import HardwareConfig
+from verl.trainer.checkpoint import CheckpointConfig
+from verl.trainer.data import DataConfig
+from verl.trainer.estimate import AlgorithmConfig
+from verl.trainer.sentinel import SentinelConfig
+from verl.trainer.tracking import TrackingConfig
+from verl.workers.actor import ActorConfig
+from verl.workers.critic import CriticConfig
+from verl.workers.engines import EngineConfig
+from verl.workers.model import ModelConfig
+from verl.workers.reference import ReferenceConfig
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How the policy samples.
+
+    Attributes:
+        samples: trajectories of each question (G); group-relative estimators need at least 2.
+        temperature, top_p, top_k: while training; the actor's temperature must be the same.
+        eval_temperature: while validating; 0 is greedy, and really is.
+        in_flight: trajectories that one engine holds at a time.
+    """
+
+    samples: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    eval_temperature: float = 0.0
+    in_flight: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "in_flight"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature}; training needs to explore, so more than 0")
+
+    def training(self, seed: int) -> Sampling:
+        """Return the sampling parameters of training rollouts."""
+        return Sampling(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, seed=seed)
+
+    def evaluation(self, seed: int) -> Sampling:
+        """Return the sampling parameters of validation rollouts."""
+        return Sampling(temperature=self.eval_temperature, seed=seed)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run itself.
+
+    Attributes:
+        folder: gets checkpoints, metrics, trajectories and the report.
+        total_steps: training ends after this many steps.
+        test_freq: validate every so many steps, and always at the end; 0 only at the end.
+        val_before_train: validate the untrained policy too.
+        val_only: validate and stop.
+        resume: `auto` continues from the latest checkpoint in `folder`, `never` starts anew, a path continues there.
+        max_restarts: times that a run whose worker died is taken up again from its last checkpoint.
+        dump_trajectories: write every training trajectory with its outcome to jsonl.
+    """
+
+    folder: Path
+    seed: int = 42
+    total_steps: int = 20
+    test_freq: int = 0
+    val_before_train: bool = True
+    val_only: bool = False
+    resume: str = "auto"
+    max_restarts: int = 2
+    dump_trajectories: bool = True
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    sentinel: SentinelConfig = field(default_factory=SentinelConfig)
+
+    def __post_init__(self) -> None:
+        if self.total_steps < 1:
+            raise ValueError(f"total_steps={self.total_steps}; expected at least 1")
+        if self.max_restarts < 0 or self.test_freq < 0:
+            raise ValueError(f"max_restarts={self.max_restarts}, test_freq={self.test_freq}; expected 0 or more")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run. `model` is what actor, critic, reference and engine start from unless they say otherwise."""
+
+    model: ModelConfig
+    data: DataConfig
+    trainer: RunConfig
+    actor: ActorConfig
+    critic: CriticConfig
+    reference: ReferenceConfig
+    engine: EngineConfig
+    search: S3Config = field(default_factory=S3Config)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    retriever: RetrieverClientConfig = field(default_factory=RetrieverClientConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    judge: bool = False
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether a KL term asks for the reference."""
+        in_reward = self.algorithm.kl_in_reward and (self.algorithm.kl_coef > 0 or self.algorithm.kl_target is not None)
+        return in_reward or self.actor.loss.kl_coef > 0

@@ -1,0 +1,122 @@
+"""Training and validation questions."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from verl.errors import ConfigError
+from verl.records import read_questions
+from verl.types import Question
+
+logger = logging.getLogger(__name__)
+
+_YES_NO = frozenset({"yes", "no", "true", "false"})
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which questions to train and validate on.
+
+    Attributes:
+        train, validation: parquet files in the published column layout.
+        batch_size: questions of one step.
+        validation_limit: validate on the first so many; null is all of them.
+        drop_yes_no: leave out training questions with a yes/no/true/false gold, as published.
+        drop_rag_correct: leave out training questions that naive RAG answers, as published.
+        shuffle: order the training questions anew in each epoch.
+    """
+
+    train: Path
+    validation: Path
+    batch_size: int = 120
+    validation_limit: int | None = None
+    drop_yes_no: bool = True
+    drop_rag_correct: bool = True
+    shuffle: bool = True
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size}; expected at least 1 question")
+
+
+def training_questions(config: DataConfig) -> list[Question]:
+    """Read and filter the training questions; the counts are logged.
+
+    Raises:
+        DataError: the file is missing or malformed.
+        ConfigError: fewer questions than one step needs are left.
+    """
+    questions = read_questions(config.train)
+    no_yes = [q for q in questions if not (config.drop_yes_no and is_yes_no(q))]
+    kept = [q for q in no_yes if not (config.drop_rag_correct and q.baseline is not None and q.baseline.correct)]
+    logger.info(
+        "%s: %d questions, %d dropped for a yes/no gold, %d because naive RAG answers them, %d left",
+        *(config.train, len(questions), len(questions) - len(no_yes), len(no_yes) - len(kept), len(kept)),
+    )
+    if len(kept) < config.batch_size:
+        raise ConfigError(
+            f"{config.train} leaves {len(kept)} training questions, fewer than data.batch_size={config.batch_size}; "
+            "lower it, or switch off data.drop_rag_correct or data.drop_yes_no"
+        )
+    return kept
+
+
+def validation_questions(config: DataConfig) -> list[Question]:
+    """Read the validation questions, all or the first `validation_limit`."""
+    return read_questions(config.validation, config.validation_limit)
+
+
+def is_yes_no(question: Question) -> bool:
+    """Whether a gold is exactly yes, no, true or false, in any capitals."""
+    return any(answer.strip().lower() in _YES_NO for answer in question.answers)
+
+
+class Shuffled:
+    """An endless source of questions: epoch after epoch, each in its own order, and a position that can be saved."""
+
+    def __init__(self, questions: Sequence[Question], seed: int, shuffle: bool = True) -> None:
+        self._questions = questions
+        self._seed = seed
+        self._shuffle = shuffle
+        self._epoch: tuple[int, list[int]] = (-1, [])
+        self.position = 0
+
+    def take(self, count: int) -> list[Question]:
+        """Return the next `count` questions; within one call none occurs twice unless `count` exceeds the epoch."""
+        taken = [self._at(index) for index in range(self.position, self.position + count)]
+        self.position += count
+        return taken
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the position."""
+        return {"position": self.position, "questions": len(self._questions)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue from a saved position.
+
+        Raises:
+            ConfigError: the data set has another size than when it was saved.
+        """
+        if state["questions"] != len(self._questions):
+            raise ConfigError(
+                f"the checkpoint was trained on {state['questions']} questions, but data.train now holds "
+                f"{len(self._questions)}; give it the same file and filters, or start with trainer.resume=never"
+            )
+        self.position = state["position"]
+
+    def _at(self, index: int) -> Question:
+        epoch, offset = divmod(index, len(self._questions))
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self._order(epoch))
+        return self._questions[self._epoch[1][offset]]
+
+    def _order(self, epoch: int) -> list[int]:
+        order = list(range(len(self._questions)))
+        if self._shuffle:
+            random.Random(f"{self._seed}/{epoch}").shuffle(order)
+        return order

@@ -1,0 +1,94 @@
+"""What a step's trajectories say about the policy; named as in s3's trainer where it has a name."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+
+from verl.rewards.recall import gold_recall
+from verl.types import Role, Stop, Trajectory
+from verl.workers.rollout import Sample
+
+
+def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """Return the means over all trajectories that did not fail, and the number of those that did."""
+    scored = [sample for sample in samples if not sample.outcome.failed]
+    metrics = {"env/failed": float(len(samples) - len(scored)), "env/trajectories": float(len(samples))}
+    if not scored:
+        return metrics
+    scores = [sample.outcome.score for sample in scored]
+    metrics |= {
+        "reward/mean": _mean(scores),
+        "reward/max": max(scores),
+        "reward/min": min(scores),
+        "reward/accuracy": _mean([float(sample.outcome.correct) for sample in scored]),
+    }
+    metrics |= _part_means([sample.outcome.parts for sample in scored])
+    metrics |= _outcome_shares(scored)
+    metrics |= _groups_with_variance(scored)
+    return metrics | trajectory_metrics([sample.trajectory for sample in scored])
+
+
+def trajectory_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Return how the policy searched.
+
+    `valid_rate` is the share of trajectories that finished by themselves without an invalid turn, `invalid_actions`
+    the share of turns without an action, `valid_search_rate` searches answered per turn.
+    """
+    turns = [turn for trajectory in trajectories for turn in trajectory.turns]
+    stops = Counter(trajectory.stop for trajectory in trajectories)
+    recalls = [r for t in trajectories if (r := gold_recall(t.question, t.documents)) is not None]
+    count = max(len(trajectories), 1)
+    metrics = {
+        "env/number_of_actions/mean": len(turns) / count,
+        "env/finish_ratio": stops[Stop.FINISHED] / count,
+        "env/turn_limit_ratio": stops[Stop.TURN_LIMIT] / count,
+        "env/length_ratio": stops[Stop.LENGTH] / count,
+        "env/valid_rate": _mean([float(is_valid(trajectory)) for trajectory in trajectories]),
+        "env/invalid_actions": _mean([float(turn.invalid) for turn in turns]),
+        "env/valid_search_rate": _mean([float(turn.result is not None) for turn in turns]),
+        "env/searches": sum(trajectory.searches for trajectory in trajectories) / count,
+        "env/selected_documents": _mean([float(len(turn.selected or ())) for turn in turns]),
+        "env/documents": _mean([float(len(trajectory.documents)) for trajectory in trajectories]),
+        "response_length/mean": _mean([float(_policy_tokens(trajectory)) for trajectory in trajectories]),
+        "prompt_length/mean": _mean([float(len(trajectory.prompt_ids)) for trajectory in trajectories]),
+    }
+    return metrics | ({"env/gold_recall": _mean(recalls)} if recalls else {})
+
+
+def is_valid(trajectory: Trajectory) -> bool:
+    """Whether it finished by itself and every turn held an action."""
+    return trajectory.stop is Stop.FINISHED and not any(turn.invalid for turn in trajectory.turns)
+
+
+def _outcome_shares(samples: Sequence[Sample]) -> dict[str, float]:
+    """Shares of the four GBR cases, under the published names: utility is the gain, gen the accuracy."""
+    cases = Counter(
+        (int(s.outcome.parts["gain"]), int(s.outcome.parts["accuracy"])) for s in samples if "gain" in s.outcome.parts
+    )
+    known = ((1, 1), (0, 1), (0, 0), (-1, 0))
+    total = cases.total()
+    return {f"reward/utility_{u}_gen_{g}": cases[u, g] / total for u, g in known} if total else {}
+
+
+def _groups_with_variance(samples: Sequence[Sample]) -> dict[str, float]:
+    groups: dict[str, set[float]] = defaultdict(set)
+    for sample in samples:
+        groups[sample.trajectory.question.id].add(sample.outcome.score)
+    return {"reward/groups_with_variance": _mean([float(len(scores) > 1) for scores in groups.values()])}
+
+
+def _part_means(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    values: dict[str, list[float]] = defaultdict(list)
+    for outcome in parts:
+        for name, value in outcome.items():
+            values[name].append(value)
+    return {f"reward/{name}": _mean(column) for name, column in values.items()}
+
+
+def _policy_tokens(trajectory: Trajectory) -> int:
+    return sum(len(segment.ids) for segment in trajectory.segments if segment.role is Role.POLICY)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

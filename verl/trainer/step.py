@@ -1,0 +1,228 @@
+"""One training step, straight down."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from verl.agent.collate import collate, weight_versions
+from verl.agent.loop import derive_seed
+from verl.agent.protocols import Sampling
+from verl.algorithms.kl import KLController
+from verl.algorithms.masked import masked_mean
+from verl.batch import Batch, TrainBatch
+from verl.trainer.estimate import AlgorithmConfig, estimate, informative
+from verl.trainer.metrics import rollout_metrics
+from verl.trainer.rollouts import Progress, RolloutPool, Usage, flat
+from verl.trainer.sentinel import RunStopped, Sentinel
+from verl.trajectories import append_trajectories
+from verl.types import Question
+from verl.workers.rollout import Sample
+
+
+class Learners(Protocol):
+    """Actor, reference and critic over however many processes they are sharded; all tensors are on the CPU here."""
+
+    def actor_log_probs(self, batch: Batch) -> Tensor:
+        """Return (B, S) float32."""
+        ...
+
+    def ref_log_probs(self, batch: Batch) -> Tensor:
+        """Return (B, S) float32."""
+        ...
+
+    def values(self, batch: Batch) -> Tensor:
+        """Return (B, S) float32."""
+        ...
+
+    def update_actor(self, batch: TrainBatch) -> Mapping[str, float]:
+        """Improve the policy; return stats named `actor/...`."""
+        ...
+
+    def update_critic(self, batch: TrainBatch) -> Mapping[str, float]:
+        """Improve the critic; return stats named `critic/...`."""
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the policy's full weights by Hugging Face name."""
+        ...
+
+
+class QuestionSource(Protocol):
+    """Where training questions come from."""
+
+    def take(self, count: int) -> list[Question]:
+        """Return the next `count` questions."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """What one step does.
+
+    Attributes:
+        questions: N, questions of a step (the published batch size).
+        samples: G, trajectories of each question.
+        sampling: how the policy samples while training.
+        uses_reference: a KL term needs the reference's log-probabilities.
+        pad_id: padding token.
+    """
+
+    questions: int
+    samples: int
+    sampling: Sampling
+    algorithm: AlgorithmConfig
+    uses_reference: bool
+    pad_id: int
+
+
+class Stopwatch:
+    """Seconds by stage; what no stage covers is idle."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
+
+    def metrics(self) -> dict[str, float]:
+        """Return `timing_s/<stage>`, `timing_s/idle` and `timing_s/step`; the parts add up to the step."""
+        total = time.perf_counter() - self._began
+        parts = {f"timing_s/{stage}": seconds for stage, seconds in self.seconds.items()}
+        return parts | {"timing_s/idle": total - sum(self.seconds.values()), "timing_s/step": total}
+
+
+@dataclass
+class Stepper:
+    """Everything a step touches; `run` is the step."""
+
+    config: StepConfig
+    source: QuestionSource
+    pool: RolloutPool
+    learners: Learners
+    kl: KLController
+    sentinel: Sentinel
+    dump: Path | None = None
+    progress: Progress | None = None
+    _usage: Usage = field(default_factory=Usage)
+
+    def run(self, step: int) -> dict[str, float]:
+        """Do step number `step` (from 1) and return its metrics.
+
+        Raises:
+            RunStopped: too many trajectories failed, too many updates were skipped, or nothing was left to learn from.
+        """
+        config, watch, version = self.config, Stopwatch(), self.pool.version
+        with watch("rollout"):
+            everything, samples = self._samples(step)
+        self._dump(step, everything)
+        self.sentinel.check_rollouts(everything)
+        with watch("collate"):
+            batch = collate([sample.trajectory for sample in samples], config.pad_id)
+            scores = torch.tensor([sample.outcome.score for sample in samples], dtype=torch.float32)
+        with watch("old_log_prob"):
+            old = self.learners.actor_log_probs(batch)
+        with watch("ref"):
+            ref = self.learners.ref_log_probs(batch) if config.uses_reference else None
+        with watch("values"):
+            values = self.learners.values(batch) if config.algorithm.needs_critic else None
+        with watch("adv"):
+            train, metrics = estimate(config.algorithm, batch, scores, old, ref, values, self.kl.coef)
+        with watch("update_critic"):
+            metrics |= self.learners.update_critic(train) if config.algorithm.needs_critic else {}
+        if step > config.algorithm.critic_warmup:
+            with watch("update_actor"):
+                metrics |= self.learners.update_actor(train)
+            with watch("sync"):
+                self.pool.update_weights(self.learners.weights(), step)
+        if "critic/kl" in metrics:
+            self.kl.update(metrics["critic/kl"], len(samples))
+        metrics |= rollout_metrics(everything) | _mismatch(batch, old, samples, version)
+        metrics |= watch.metrics() | self._throughput(watch)
+        self.sentinel.check_updates(int(metrics.get("actor/skipped_updates", 0)), int(metrics.get("actor/updates", 1)))
+        return metrics
+
+    def _samples(self, step: int) -> tuple[list[Sample], list[Sample]]:
+        """Roll out until the step is full; return all samples, and those that are learned from.
+
+        Failed trajectories are never learned from. With dynamic sampling, groups whose rewards are all equal are
+        dropped and further questions are drawn, up to the configured number of draws.
+        """
+        config, self._usage = self.config, Usage()
+        everything: list[Sample] = []
+        kept: list[Sample] = []
+        for draw in range(max(1, config.algorithm.dynamic_sampling)):
+            missing = config.questions - len({sample.trajectory.question.id for sample in kept})
+            if draw and not missing:
+                break
+            sampling = _seeded(config.sampling, step, draw)
+            groups = self.pool.collect(self.source.take(missing), config.samples, sampling, self.progress)
+            fresh = list(flat(groups))
+            everything += fresh
+            kept += self._learnable([sample for sample in fresh if not sample.outcome.failed])
+        for sample in everything:
+            self._usage.add(sample)
+        if not kept:
+            self.sentinel.check_rollouts(everything)
+            raise RunStopped(
+                f"step {step}: none of {len(everything)} trajectories can be learned from; with dynamic sampling every "
+                "group had equal rewards: raise algorithm.dynamic_sampling or the sampling temperature"
+            )
+        return everything, kept
+
+    def _learnable(self, samples: list[Sample]) -> list[Sample]:
+        if not self.config.algorithm.dynamic_sampling or not samples:
+            return samples
+        ids = {name: n for n, name in enumerate(dict.fromkeys(s.trajectory.question.id for s in samples))}
+        scores = torch.tensor([sample.outcome.score for sample in samples])
+        mask = informative(scores, torch.tensor([ids[s.trajectory.question.id] for s in samples]))
+        return [sample for sample, keep in zip(samples, mask.tolist(), strict=True) if keep]
+
+    def _dump(self, step: int, samples: list[Sample]) -> None:
+        """Write the step's trajectories with their outcomes, whether or not the run goes on."""
+        if self.dump is None:
+            return
+        path = self.dump / f"step_{step:06d}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        append_trajectories(path, [(sample.trajectory, sample.outcome) for sample in samples])
+
+    def _throughput(self, watch: Stopwatch) -> dict[str, float]:
+        """Waiting is summed over trajectories, which overlap; as a share it says what they spend their time on."""
+        usage = self._usage
+        return {
+            "rollout/search_wait_share": usage.search_seconds / max(usage.seconds, 1e-9),
+            "rollout/reward_wait_share": usage.reward_seconds / max(usage.seconds, 1e-9),
+            "rollout/tokens_per_second": usage.policy_tokens / max(watch.seconds["rollout"], 1e-9),
+            "rollout/dropped_documents": float(usage.dropped_documents),
+        }
+
+
+def _seeded(sampling: Sampling, step: int, draw: int) -> Sampling:
+    """Give each step and draw its own seed, so that a resumed run samples what an unbroken one would have."""
+    return replace(sampling, seed=derive_seed(sampling.seed, step * 1000 + draw))
+
+
+def _mismatch(batch: Batch, old: Tensor, samples: Sequence[Sample], version: int) -> dict[str, float]:
+    """How far the trainer's log-probabilities are from the engine's, and how old the sampling weights were."""
+    difference = (old - batch.rollout_logprobs).abs()
+    versions = weight_versions([sample.trajectory for sample in samples])
+    age = torch.where(batch.action_mask, version - versions, 0).float()
+    return {
+        "rollout/logprob_diff_mean": masked_mean(difference, batch.action_mask).item(),
+        "rollout/logprob_diff_max": torch.where(batch.action_mask, difference, 0.0).max().item(),
+        "rollout/staleness": masked_mean(age, batch.action_mask).item(),
+    }

@@ -1,0 +1,115 @@
+"""The rollout worker: a policy engine, the agent loop and the reward, together in one process.
+
+A trajectory is scored the moment it ends, while others still search. The worker gets its grammar, search and scorer
+from a factory that the trainer hands in, and constructs no client itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from verl.agent import loop
+from verl.agent.grammar.base import Grammar
+from verl.agent.protocols import Sampling, Search
+from verl.types import Question, RewardOutcome, SearchResult, Trajectory
+from verl.workers.engines import EngineConfig, RolloutEngine, create_engine
+
+Score = Callable[[Trajectory], Awaitable[RewardOutcome]]
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a rollout worker plays in; `close` releases the clients behind `search` and `score`."""
+
+    grammar: Grammar
+    search: Search
+    score: Score
+    tokenizer: loop.Tokenizer
+    close: Callable[[], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One scored trajectory and where its time went, in seconds."""
+
+    trajectory: Trajectory
+    outcome: RewardOutcome
+    search_seconds: float
+    reward_seconds: float
+    seconds: float
+
+
+class RolloutWorker:
+    """Plays questions with the current weights; made to live in a Ray actor, where its coroutines run concurrently."""
+
+    def __init__(self, engine: EngineConfig, surroundings: Callable[[], Surroundings]) -> None:
+        self._config = engine
+        self._make_surroundings = surroundings
+        self._surroundings: Surroundings | None = None
+        self._engine: RolloutEngine | None = None
+
+    async def start(self) -> None:
+        """Load the engine and open the clients, inside the event loop that will use them.
+
+        Raises:
+            EngineError: the engine cannot start.
+        """
+        self._engine = create_engine(self._config)
+        self._surroundings = self._make_surroundings()
+
+    async def sample(self, question: Question, seeds: Sequence[int | None], sampling: Sampling) -> list[Sample]:
+        """Play one question once per seed, concurrently (the samples share their prompt's cache)."""
+        return list(await asyncio.gather(*(self._one(question, replace(sampling, seed=seed)) for seed in seeds)))
+
+    async def update_weights(self, weights: dict[str, Tensor] | Iterable[tuple[str, Tensor]], version: int) -> int:
+        """Replace the policy's weights between generations; returns `version`."""
+        pairs = weights.items() if isinstance(weights, dict) else weights
+        await self._ready[0].update_weights(pairs, version)
+        return version
+
+    async def weight_version(self) -> int:
+        """Return the version of the weights that sample now."""
+        return self._ready[0].weight_version
+
+    async def close(self) -> None:
+        """Stop the engine and close the clients."""
+        if self._surroundings is not None:
+            await self._surroundings.close()
+        if self._engine is not None:
+            await self._engine.close()
+
+    @property
+    def _ready(self) -> tuple[RolloutEngine, Surroundings]:
+        if self._engine is None or self._surroundings is None:
+            raise RuntimeError("the rollout worker has not been started; call start() first")
+        return self._engine, self._surroundings
+
+    async def _one(self, question: Question, sampling: Sampling) -> Sample:
+        engine, around = self._ready
+        began = time.monotonic()
+        search = _TimedSearch(around.search)
+        trajectory = await loop.run(question, around.grammar, engine, search, around.tokenizer, sampling)
+        ended = time.monotonic()
+        outcome = await around.score(trajectory)
+        now = time.monotonic()
+        return Sample(trajectory, outcome, search.seconds, now - ended, now - began)
+
+
+class _TimedSearch:
+    """A search that adds up how long its callers waited."""
+
+    def __init__(self, search: Search) -> None:
+        self._search = search
+        self.seconds = 0.0
+
+    async def __call__(self, queries: Sequence[str], topk: int) -> list[SearchResult]:
+        began = time.monotonic()
+        try:
+            return await self._search(queries, topk)
+        finally:
+            self.seconds += time.monotonic() - began
