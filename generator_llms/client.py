@@ -292,6 +292,8 @@ def _sdk_client(config: GeneratorConfig, environment: Mapping[str, str]) -> open
             f"{config.base_url} is not local and the environment variable {config.api_key_env} is not set; put the key "
             "there, or name another variable in api_key_env"
         )
+    # The SDK's transport logs every request at INFO, thousands of lines per training step.
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
     return openai.AsyncOpenAI(
         base_url=config.base_url,
         api_key=key,

@@ -83,7 +83,10 @@ def final_answer(text: str) -> str:
 
 def neutralise(text: str) -> str:
     """Break up control markers by a space, and replace lone surrogates, which no request can carry."""
-    text = text.encode("utf-8", errors="replace").decode("utf-8")
+    if not text.isascii():
+        text = text.encode("utf-8", errors="replace").decode("utf-8")
+    if "<" not in text and "[" not in text:  # nearly always, and this runs on every document of every question
+        return text
     return _MARKER.sub(r"\g<0> ", text)
 
 

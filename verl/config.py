@@ -22,7 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from verl.errors import ConfigError
+from verl.errors import ConfigError, SearchAgentError
 from verl.typed import REQUIRED, Decoder, describe, encode, leaves, nearest
 
 T = TypeVar("T")
@@ -86,10 +86,12 @@ def run_entry(
     `--help` prints every key with its type and default; `--cfg job` prints the composed config and runs nothing.
 
     Returns:
-        The process's exit code: 0, or 2 after a `ConfigError`, which is told in one line on stderr. Other errors
-        propagate.
+        The process's exit code: 0, 2 after a `ConfigError`, which is told in one line on stderr, or 1 after another
+        error that this project raises on purpose, told with its notes. Bugs propagate.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for name in ("httpx", "httpx2"):  # a line for every request
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         if "--help" in argv or "-h" in argv:
             sys.stdout.write(help_text(config_name, schema, config_dir))
@@ -103,6 +105,9 @@ def run_entry(
     except ConfigError as error:
         sys.stderr.write(f"error: {_one_line(error)}\n")
         return 2
+    except SearchAgentError as error:
+        sys.stderr.write("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]) + "\n")
+        return 1
     return 0
 
 

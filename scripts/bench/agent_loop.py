@@ -119,16 +119,18 @@ async def measure(engine: RolloutEngine, setting: Setting) -> str:
     await feed(engine, calls, setting.concurrency)
     plain = await feed(engine, calls, setting.concurrency)
     tokens = sum(call.tokens for call in calls)
+    context = sum(len(call.prompt_ids) for call in calls) / len(calls)
+    searching = f"{setting.search.seconds:.2f} of {looped:.2f} s in BM25"
     return (
         f"{len(setting.questions)} questions, {setting.concurrency} at a time: {len(calls)} generations, "
-        f"{tokens} tokens, contexts of {sum(len(c.prompt_ids) for c in calls) / len(calls):.0f} tokens on average\n"
-        f"  agent loop     {tokens / looped:>10.0f} tokens/s   ({setting.search.seconds:.2f} of {looped:.2f} s in BM25)\n"
+        f"{tokens} tokens, contexts of {context:.0f} tokens on average\n"
+        f"  agent loop     {tokens / looped:>10.0f} tokens/s   ({searching})\n"
         f"  plain prompts  {tokens / plain:>10.0f} tokens/s\n"
         f"  ratio          {plain / looped:>10.2f}\n"
     )
 
 
-def world_setting(folder: Path, model: str, questions: int, concurrency: int) -> Setting:
+def world_setting(folder: Path, config: EngineConfig, questions: int) -> Setting:
     """Write the world and its index into `folder`; give the first test questions their round-0 documents."""
     files = build(WorldConfig(test=questions), folder)
     corpus = Corpus.open(files.corpus)
@@ -143,18 +145,19 @@ def world_setting(folder: Path, model: str, questions: int, concurrency: int) ->
             topk=3,
             max_generation_tokens=100,
             max_observation_tokens=400,
-            max_prompt_tokens=600,
-            max_context_tokens=2000,
+            max_prompt_tokens=config.max_model_len - 1,
+            max_context_tokens=config.max_model_len,
             prompt="compact",
         )
     )
-    return Setting(grammar, InProcessSearch(bm25), AutoTokenizer.from_pretrained(model), asked, concurrency)
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    return Setting(grammar, InProcessSearch(bm25), tokenizer, asked, config.max_num_seqs)
 
 
-async def bench(config: EngineConfig, questions: int, concurrency: int) -> str:
+async def bench(config: EngineConfig, questions: int) -> str:
     """Start the engine, measure, stop it."""
     with tempfile.TemporaryDirectory() as folder:
-        setting = world_setting(Path(folder), config.model, questions, concurrency)
+        setting = world_setting(Path(folder), config, questions)
         engine = create_engine(config)
         try:
             return await measure(engine, setting)
@@ -169,10 +172,13 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--questions", type=int, default=256)
     parser.add_argument("--concurrency", type=int, default=64)
+    parser.add_argument("--context", type=int, default=1000, help="longest prompt plus trajectory, in tokens")
     args = parser.parse_args()
     logging.getLogger("verl").setLevel(logging.ERROR)
-    config = EngineConfig(args.model, args.engine, args.dtype, max_model_len=2000, max_num_seqs=args.concurrency)
-    sys.stdout.write(asyncio.run(bench(config, args.questions, args.concurrency)))
+    config = EngineConfig(
+        args.model, args.engine, args.dtype, max_model_len=args.context, max_num_seqs=args.concurrency
+    )
+    sys.stdout.write(asyncio.run(bench(config, args.questions)))
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ async def test_a_bug_ends_the_run_as_it_is(tmp_path: Path) -> None:
 
 def test_check_finished_writes_the_list_and_removes_it_when_all_is_well(tmp_path: Path) -> None:
     errors = tmp_path / "errors.jsonl"
-    with pytest.raises(Unfinished, match=r"t: 1 of 9 questions failed.*'s/test/1': gone.*run the same command again"):
+    with pytest.raises(Unfinished, match=r"t: 1 of 9 questions failed.*run the same command again.*'s/test/1': gone"):
         check_finished([Failure("s/test/1", "gone")], 9, "t", errors)
     assert lines(errors) == [{"id": "s/test/1", "cause": "gone"}]
     check_finished([], 9, "t", errors)

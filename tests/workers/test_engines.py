@@ -75,12 +75,26 @@ async def test_greedy_in_a_batch_is_greedy_alone(make: MakeEngine, model: Qwen2F
         assert (answer.finish, answer.weight_version) == ("length", 0)
 
 
-async def test_more_requests_than_fit_a_batch(make: MakeEngine, model: Qwen2ForCausalLM) -> None:
-    engine = make(max_num_seqs=2)
-    greedy = Sampling(temperature=0.0, max_tokens=5)
-    answers = await asyncio.gather(*(engine.generate(PROMPTS[i % 3], greedy) for i in range(7)))
+async def test_requests_join_and_leave_a_running_batch(make: MakeEngine, model: Qwen2ForCausalLM) -> None:
+    """More requests than fit, of different lengths, some of a single token, and some that come late."""
+    engine = make(max_num_seqs=3)
+    lengths = [9, 1, 1, 14, 3, 20, 1, 6, 2, 11]
+
+    async def late(delay: float, i: int) -> Generation:
+        await asyncio.sleep(delay)
+        return await engine.generate(PROMPTS[i % 3], Sampling(temperature=0.0, max_tokens=lengths[i]))
+
+    answers = await asyncio.gather(*(late(0.01 * (i // 4), i) for i in range(len(lengths))))
     for i, answer in enumerate(answers):
-        assert_is(answer, reference(model, PROMPTS[i % 3], 5))
+        assert_is(answer, reference(model, PROMPTS[i % 3], lengths[i]))
+
+
+async def test_many_requests_of_one_token(make: MakeEngine, model: Qwen2ForCausalLM) -> None:
+    engine = make(max_num_seqs=2)
+    one = Sampling(temperature=0.0, max_tokens=1)
+    answers = await asyncio.wait_for(asyncio.gather(*(engine.generate(PROMPTS[0], one) for _ in range(9))), 30)
+    for answer in answers:
+        assert_is(answer, reference(model, PROMPTS[0], 1))
 
 
 async def test_a_stop_string_ends_at_the_token_that_completes_it(make: MakeEngine, model: Qwen2ForCausalLM) -> None:

@@ -58,7 +58,7 @@ def test_an_exported_critic_is_the_critic(tmp_path: Path, ranks: Ranks) -> None:
 def test_a_head_of_another_width_is_refused(tmp_path: Path, ranks: Ranks) -> None:
     save_model(tmp_path)
     save_file({"head.weight": torch.zeros(1, 3)}, tmp_path / "value_head.safetensors")
-    with pytest.raises(CheckpointError, match=r"\(1, 3\); expected \(1, 32\)"):
+    with pytest.raises(CheckpointError, match=r"\(1, 3\); expected \(1, 64\)"):
         load_value_model(ModelConfig(str(tmp_path)))
 
 

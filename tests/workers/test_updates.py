@@ -183,7 +183,7 @@ def test_critic_learns_its_returns(tmp_path: Path, ranks: Ranks) -> None:
 def test_values_are_of_the_state_before_the_token(tmp_path: Path, ranks: Ranks) -> None:
     plain = save_model(tmp_path)
     critic = Critic(critic_config(tmp_path), ranks)
-    weight = torch.randn(1, 32, generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(1, 64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         critic.model.head.weight.copy_(torch.distributed.tensor.distribute_tensor(weight, ranks.mesh))
         batch = toy_batch()

@@ -12,7 +12,7 @@ from torch import Tensor
 KLKind = Literal["k1", "abs", "k2", "k3"]
 KL_KINDS: tuple[str, ...] = get_args(KLKind)
 
-_MAX_ERROR = 0.2
+MAX_ERROR = 0.2
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, kind: KLKind) -> Tensor:
@@ -135,12 +135,12 @@ class AdaptiveKLController:
         """
         if not math.isfinite(current_kl):
             raise ValueError(f"current_kl={current_kl} is not finite; the step that produced it must not be used")
-        if not 0 <= n_steps * _MAX_ERROR < self._horizon:
+        if not 0 <= n_steps * MAX_ERROR < self._horizon:
             raise ValueError(
                 f"n_steps={n_steps} with horizon={self._horizon} could turn the coefficient negative; "
-                f"raise horizon above {n_steps * _MAX_ERROR:g}"
+                f"raise horizon above {n_steps * MAX_ERROR:g}"
             )
-        error = min(max(current_kl / self._target - 1, -_MAX_ERROR), _MAX_ERROR)
+        error = min(max(current_kl / self._target - 1, -MAX_ERROR), MAX_ERROR)
         self._coef *= 1 + error * n_steps / self._horizon
 
     def state_dict(self) -> dict[str, float]:

@@ -159,7 +159,8 @@ def value_loss(
     unclipped_error = (values - returns).square()
     clipped_error = (old_values + (values - old_values).clamp(-clip, clip) - returns).square()
     loss = 0.5 * aggregate(torch.maximum(unclipped_error, clipped_error), mask, "token_mean", normalizer)
-    clipped = (clipped_error > unclipped_error).to(loss.dtype)
+    # The second condition alone would also count rounding noise of values that have not moved.
+    clipped = (((values - old_values).abs() > clip) & (clipped_error > unclipped_error)).to(loss.dtype)
     return loss, {"clip_fraction": masked_mean(clipped, mask), "value_mean": masked_mean(values.detach(), mask)}
 
 

@@ -232,8 +232,8 @@ def check_finished(failures: Sequence[Failure], total: int, title: str, errors_p
     if failures:
         first = failures[0]
         raise Unfinished(
-            f"{title}: {len(failures)} of {total} questions failed, listed in {errors_path}; the first is "
-            f"{first.id!r}: {first.cause}. The others are kept: fix the cause and run the same command again"
+            f"{title}: {len(failures)} of {total} questions failed, listed in {errors_path}; what is finished is kept, "
+            f"so fix the cause and run the same command again. The first is {first.id!r}: {first.cause}"
         )
 
 

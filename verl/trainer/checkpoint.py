@@ -7,8 +7,10 @@ name and renamed when everything is on disk, so a kill at any moment leaves the 
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -35,7 +37,8 @@ class CheckpointConfig:
     Attributes:
         save_freq: save every so many steps, and always after the last one; 0 saves only after the last.
         keep: newest checkpoints that stay.
-        best_metric: validation metric whose best checkpoint stays too; null keeps none for that.
+        best_metric: validation metric; of the checkpoints of validated steps the one with the highest stays too. Null
+            keeps none for that.
         export_hf: also write each checkpoint in Hugging Face format.
     """
 
@@ -83,7 +86,7 @@ class Checkpoints:
         """Write the checkpoint of `step`, then drop those that need not stay.
 
         Args:
-            driver: JSON-safe state of the driver; the best metric's value, if any, under `"best"`.
+            driver: JSON-safe state of the driver; the value of `best_metric`, if it was measured, under `"best"`.
             write_learners: writes all ranks' shards into the given folder.
             write_export: writes the Hugging Face export into the given folder.
 
@@ -100,7 +103,7 @@ class Checkpoints:
                 write_export(partial / EXPORT)
             _write_synced(partial / DRIVER, json.dumps({"step": step, **driver}))
             _sync_tree(partial)
-            shutil.rmtree(target, ignore_errors=True)
+            self._drop(target)
             os.replace(partial, target)
             _sync(self._folder)
         except OSError as cause:
@@ -120,29 +123,46 @@ class Checkpoints:
 
     def best(self) -> Checkpoint | None:
         """Return the checkpoint with the highest recorded metric (the earliest of equals), or None."""
-        rated = [c for c in map(_load_or_none, self._paths()) if c and c.driver.get("best") is not None]
+        rated = [c for c in map(_load_or_none, self._paths()) if c and _is_number(c.driver.get("best"))]
         return max(rated, key=lambda c: (c.driver["best"], -c.step), default=None)
 
-    def set_aside(self) -> None:
-        """Rename the folder of an earlier run's checkpoints, so that a new run cannot mistake them for its own."""
-        if not self._paths():
-            return
-        number = 1
-        while (aside := self._folder.with_name(f"{self._folder.name}.{number}")).exists():
-            number += 1
-        self._folder.rename(aside)
-        logger.warning("an earlier run's checkpoints are now in %s", aside)
+    def begin(self, resume: str) -> Checkpoint | None:
+        """Return where a run starts (see `find`), and set aside the checkpoints that are not of its past.
+
+        Else a run that starts anew, or further back, would take them for its own latest ones.
+
+        Raises:
+            CheckpointError: as `find`.
+        """
+        start = find(resume, self)
+        ours = start is not None and start.path.resolve().parent == self._folder.resolve()
+        later = [path for path in self._paths() if not ours or _step_of(path) > start.step]
+        if later:
+            aside = free_name(self._folder)
+            aside.mkdir()
+            for path in later:
+                path.rename(aside / path.name)
+            logger.warning("%d checkpoints that this run does not continue are now in %s", len(later), aside)
+        return start
 
     def _paths(self) -> list[Path]:
         if not self._folder.is_dir():
             return []
-        return sorted(path for path in self._folder.iterdir() if _NAME.fullmatch(path.name))
+        return sorted((path for path in self._folder.iterdir() if _NAME.fullmatch(path.name)), key=_step_of)
 
     def _drop_old(self) -> None:
         best = self.best() if self._config.best_metric else None
         for path in self._paths()[: -self._config.keep]:
             if best is None or path != best.path:
-                shutil.rmtree(path)
+                self._drop(path)
+
+    def _drop(self, path: Path) -> None:
+        """Delete a checkpoint; under another name first, so that a kill half-way leaves none that looks whole."""
+        dropped = self._folder / f".{path.name}.dropped"
+        shutil.rmtree(dropped, ignore_errors=True)
+        if path.exists():
+            path.rename(dropped)
+            shutil.rmtree(dropped)
 
 
 def load(path: Path) -> Checkpoint:
@@ -155,9 +175,12 @@ def load(path: Path) -> Checkpoint:
         driver = json.loads((path / DRIVER).read_text(encoding="utf-8"))
     except (OSError, ValueError) as cause:
         raise CheckpointError(f"{path} is no complete checkpoint ({cause}); expected a folder step_NNNNNN") from cause
-    if not (path / LEARNERS).is_dir():
-        raise CheckpointError(f"{path} has no {LEARNERS}/; expected a folder step_NNNNNN as the trainer writes it")
-    return Checkpoint(path, int(driver["step"]), driver)
+    if not isinstance(driver, dict) or not isinstance(driver.get("step"), int) or not (path / LEARNERS).is_dir():
+        raise CheckpointError(
+            f"{path} is no complete checkpoint ({DRIVER} states no step, or there is no {LEARNERS}/); expected a "
+            "folder step_NNNNNN as the trainer writes it"
+        )
+    return Checkpoint(path, driver["step"], driver)
 
 
 def find(resume: str, checkpoints: Checkpoints) -> Checkpoint | None:
@@ -169,6 +192,20 @@ def find(resume: str, checkpoints: Checkpoints) -> Checkpoint | None:
     if resume == "never":
         return None
     return checkpoints.latest() if resume == "auto" else load(Path(resume))
+
+
+def free_name(path: Path) -> Path:
+    """Return the first of `name.1`, `name.2`, ... beside `path` that is not taken; a file keeps its suffix last."""
+    names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _load_or_none(path: Path) -> Checkpoint | None:

@@ -48,6 +48,10 @@ class RolloutConfig:
                 raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature}; training needs to explore, so more than 0")
+        if not self.eval_temperature >= 0:
+            raise ValueError(f"eval_temperature={self.eval_temperature}; expected 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}; expected a share in (0, 1]")
 
     def training(self, seed: int) -> Sampling:
         """Return the sampling parameters of training rollouts."""
@@ -67,7 +71,7 @@ class RunConfig:
         total_steps: training ends after this many steps.
         test_freq: validate every so many steps, and always at the end; 0 only at the end.
         val_before_train: validate the untrained policy too.
-        val_only: validate and stop.
+        val_only: validate and stop; the metrics go to `validation/` and the run's own files stay as they are.
         resume: `auto` continues from the latest checkpoint in `folder`, `never` starts anew, a path continues there.
         max_restarts: times that a run whose worker died is taken up again from its last checkpoint.
         dump_trajectories: write every training trajectory with its outcome to jsonl.

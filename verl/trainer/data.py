@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from verl.errors import ConfigError
+from verl.evaluation.journal import fingerprint
 from verl.records import read_questions
 from verl.types import Question
 
@@ -42,6 +44,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size}; expected at least 1 question")
+        if self.validation_limit is not None and self.validation_limit < 1:
+            raise ValueError(f"validation_limit={self.validation_limit}; expected at least 1, or null for all")
 
 
 def training_questions(config: DataConfig) -> list[Question]:
@@ -84,28 +88,30 @@ class Shuffled:
         self._seed = seed
         self._shuffle = shuffle
         self._epoch: tuple[int, list[int]] = (-1, [])
+        self._order_of = fingerprint([seed if shuffle else None, [question.id for question in questions]])
         self.position = 0
 
     def take(self, count: int) -> list[Question]:
-        """Return the next `count` questions; within one call none occurs twice unless `count` exceeds the epoch."""
+        """Return the next `count` questions; a call that goes beyond the end of an epoch may return one twice."""
         taken = [self._at(index) for index in range(self.position, self.position + count)]
         self.position += count
         return taken
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the position."""
-        return {"position": self.position, "questions": len(self._questions)}
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position, and what it is a position in."""
+        return {"position": self.position, "questions": len(self._questions), "order": self._order_of}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved position.
 
         Raises:
-            ConfigError: the data set has another size than when it was saved.
+            ConfigError: the questions or their order are others than when it was saved.
         """
-        if state["questions"] != len(self._questions):
+        if state["order"] != self._order_of:
             raise ConfigError(
-                f"the checkpoint was trained on {state['questions']} questions, but data.train now holds "
-                f"{len(self._questions)}; give it the same file and filters, or start with trainer.resume=never"
+                f"the checkpoint was trained on {state['questions']} questions in another order or selection than the "
+                f"{len(self._questions)} that data.train yields now; give it the same file, filters, data.seed and "
+                "data.shuffle, or start with trainer.resume=never"
             )
         self.position = state["position"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,7 +13,6 @@ from verl.algorithms import advantage
 from verl.algorithms.kl import kl_penalty
 from verl.algorithms.masked import masked_mean, masked_whiten
 from verl.batch import Batch, TrainBatch
-from verl.errors import ConfigError
 
 Estimator = Literal["gae", "grpo", "rloo", "reinforce_plus_plus"]
 
@@ -52,14 +51,31 @@ class AlgorithmConfig:
 
     def __post_init__(self) -> None:
         if self.estimator not in ESTIMATORS:
-            raise ConfigError(f"algorithm.estimator={self.estimator!r}; expected one of {', '.join(ESTIMATORS)}")
+            raise ValueError(f"estimator={self.estimator!r}; expected one of {', '.join(ESTIMATORS)}")
+        for name in ("kl_coef", "critic_warmup", "dynamic_sampling"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)}; expected 0 or more")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}; expected a value in [0, 1]")
+        if self.kl_target is not None and not self.kl_target > 0:
+            raise ValueError(f"kl_target={self.kl_target}; expected more than 0, or null for a fixed coefficient")
+        if self.kl_horizon < 1:
+            raise ValueError(f"kl_horizon={self.kl_horizon}; expected at least 1 trajectory")
         if self.critic_warmup and not self.needs_critic:
-            raise ConfigError(f"algorithm.critic_warmup needs a critic, which {self.estimator} has not; set it to 0")
+            raise ValueError(
+                f"critic_warmup={self.critic_warmup} needs a critic, which {self.estimator} has not; set 0"
+            )
 
     @property
     def needs_critic(self) -> bool:
         """Whether the estimator reads values."""
         return self.estimator == "gae"
+
+    @property
+    def compares_samples(self) -> bool:
+        """Whether the estimator judges a sample by the others of its question."""
+        return self.estimator in ("grpo", "rloo")
 
 
 @dataclass(frozen=True)
@@ -141,7 +157,7 @@ def estimate(
     """
     mask = batch.action_mask
     token_rewards = place_scores(scores, mask)
-    metrics: dict[str, float] = {"critic/score/mean": scores.mean().item()}
+    metrics = _spread("critic/score", scores)
     if ref_logprobs is not None:
         metrics["critic/kl"] = masked_mean(kl_penalty(old_logprobs, ref_logprobs, "k1"), mask).item()
         metrics["critic/kl_coeff"] = kl_coef
@@ -152,27 +168,17 @@ def estimate(
     advantages, returns = ESTIMATORS[config.estimator](config, Scored(scores, token_rewards, train))
     metrics |= _spread("critic/rewards", token_rewards.sum(dim=1)) | _spread("critic/advantages", advantages[mask])
     if returns is not None and values is not None:
-        metrics |= _spread("critic/returns", returns[mask]) | _spread("critic/values", values[mask])
-        variance = returns[mask].var(unbiased=False)
-        unexplained = (returns[mask] - values[mask]).var(unbiased=False)
-        metrics["critic/vf_explained_var"] = (1 - unexplained / (variance + 1e-5)).item()
-    train = TrainBatch.of(
-        batch,
-        old_logprobs=old_logprobs,
-        ref_logprobs=ref_logprobs,
-        values=values,
-        advantages=advantages,
-        returns=returns,
-    )
-    return train, metrics
+        metrics |= _fit(returns[mask], values[mask])
+    return replace(train, advantages=advantages, returns=returns), metrics
 
 
-def informative(scores: Tensor, group_ids: Tensor) -> Tensor:
-    """(B,) bool: the row's group has reward variance, so that it carries a group-relative gradient (DAPO)."""
-    _, index = torch.unique(group_ids, return_inverse=True)
-    highest = torch.full((int(index.max()) + 1,), -torch.inf).scatter_reduce(0, index, scores.float(), "amax")
-    lowest = torch.full_like(highest, torch.inf).scatter_reduce(0, index, scores.float(), "amin")
-    return (highest > lowest)[index]
+def _fit(returns: Tensor, values: Tensor) -> dict[str, float]:
+    """Say how well the critic foresaw the returns; (N,) each, of the action tokens."""
+    metrics = _spread("critic/returns", returns) | _spread("critic/values", values)
+    if returns.numel():
+        unexplained = (returns - values).var(unbiased=False) / (returns.var(unbiased=False) + 1e-5)
+        metrics["critic/vf_explained_var"] = (1 - unexplained).item()
+    return metrics
 
 
 def _spread(name: str, x: Tensor) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +18,12 @@ from verl.config import to_dict
 from verl.errors import WorkerError
 from verl.single_controller.cluster import cluster
 from verl.single_controller.placement import ResourcePool
-from verl.single_controller.train_worker import TrainWorker, TrainWorkerConfig
 from verl.single_controller.worker_group import WorkerGroup
 from verl.trainer import preflight
 from verl.trainer.checkpoint import Checkpoint, Checkpoints, find
 from verl.trainer.config import TrainConfig
 from verl.trainer.data import Shuffled, training_questions, validation_questions
+from verl.trainer.estimate import AlgorithmConfig
 from verl.trainer.rollouts import RolloutPool
 from verl.trainer.sentinel import Sentinel
 from verl.trainer.step import StepConfig, Stepper
@@ -31,6 +31,8 @@ from verl.trainer.surroundings import ServiceSurroundings
 from verl.trainer.tracking import Tracker
 from verl.trainer.validate import Validator
 from verl.types import Question
+from verl.workers.train_worker import TrainWorker, TrainWorkerConfig
+from verl.workers.weight_sync import choose_transport
 
 logger = logging.getLogger(__name__)
 
@@ -57,20 +59,17 @@ class RayLearners:
     def update_critic(self, batch: TrainBatch) -> Mapping[str, float]:
         return self.group.call("update_critic", batch)[0]
 
-    def weights(self) -> dict[str, Tensor]:
-        return self.group.call("weights")[0]
-
     def save(self, folder: Path) -> None:
         """Write every rank's shards of models, optimizers, schedules and random states."""
-        self.group.call("save", str(folder))
+        self.group.call("save_checkpoint", folder)
 
     def load(self, folder: Path) -> None:
         """Load what `save` wrote, on this number of ranks."""
-        self.group.call("load", str(folder))
+        self.group.call("load_checkpoint", folder)
 
     def export(self, folder: Path) -> None:
         """Write the policy in Hugging Face format."""
-        self.group.call("export_hf", str(folder), self.tokenizer)
+        self.group.call("export_hf", folder, self.tokenizer)
 
 
 @dataclass(frozen=True)
@@ -88,23 +87,27 @@ def train(config: TrainConfig) -> Summary:
     """Run a whole training, taking it up again from the last checkpoint when a worker dies.
 
     Raises:
-        ConfigError, DataError: found before any process starts.
+        ConfigError, DataError, CheckpointError: found before any process starts.
         RunStopped: services failed or updates broke beyond the limits; the last checkpoint is whole.
         WorkerError: a worker died more often than `trainer.max_restarts` allows.
     """
     questions, held_out = training_questions(config.data), validation_questions(config.data)
     preflight.check(config, [*questions, *held_out])
+    checkpoints = Checkpoints(config.trainer.folder / "checkpoints", config.trainer.checkpoint)
     resume, restarts = config.trainer.resume, 0
+    # A validation alone leaves the checkpoints as they are.
+    start = find(resume, checkpoints) if config.trainer.val_only else checkpoints.begin(resume)
     while True:
+        run = _Run(config, questions, held_out, checkpoints, start)
         try:
             with _workers(config) as (learners, pool):
-                return _Run(config, questions, held_out, learners, pool).go(resume)
+                return run.go(learners, pool)
         except WorkerError as error:
             restarts += 1
             if restarts > config.trainer.max_restarts:
                 raise
             logger.warning("%s; restart %d of %d", error, restarts, config.trainer.max_restarts)
-            resume = "auto"
+            start = start if config.trainer.val_only else checkpoints.latest() or start
 
 
 @contextmanager
@@ -121,118 +124,121 @@ def _workers(config: TrainConfig) -> Iterator[tuple[RayLearners, RolloutPool]]:
         threads=config.hardware.threads_per_worker,
         seed=config.trainer.seed,
     )
-    with cluster(config.ray, config.hardware):
-        resources = ResourcePool(config.hardware)
-        try:
-            rollouts = RolloutPool.start(
-                config.engine, surroundings, resources.placed("rollout"), config.rollout.in_flight
-            )
+    hardware = config.hardware
+    with cluster(config.ray, hardware), closing(ResourcePool(hardware)) as resources:
+        rollout, in_flight = resources.placed("rollout"), config.rollout.in_flight
+        with closing(RolloutPool.start(config.engine, surroundings, rollout, in_flight)) as pool:
             group = WorkerGroup(TrainWorker, (worker_config,), resources.placed("train"))
-            group.call("init")
-            yield RayLearners(group, config.model.path), rollouts
-        finally:
-            resources.close()
+            pool.connect(group, choose_transport(hardware.device, hardware.colocate), hardware)
+            yield RayLearners(group, config.model.path), pool
 
 
 class _Run:
-    """One attempt at a run."""
+    """One attempt at a run: the driver's state, from the start or as a checkpoint left it."""
 
     def __init__(
         self,
         config: TrainConfig,
         questions: list[Question],
         held_out: list[Question],
-        learners: RayLearners,
-        pool: RolloutPool,
+        checkpoints: Checkpoints,
+        start: Checkpoint | None,
     ) -> None:
+        """Restore what `start` holds of the driver.
+
+        Raises:
+            ConfigError: `start` was trained on other questions.
+        """
         run = config.trainer
-        self.config, self.learners, self.pool = config, learners, pool
+        self.config, self.checkpoints, self.start = config, checkpoints, start
         self.source = Shuffled(questions, config.data.seed, config.data.shuffle)
-        self.kl = _kl_controller(config)
-        self.checkpoints = Checkpoints(run.folder / "checkpoints", run.checkpoint)
-        self.validator = Validator(held_out, config.rollout.evaluation(run.seed), run.folder / "validation")
-        self.totals = {"questions": 0.0, "trajectories": 0.0, "seconds": 0.0}
-        self.stepper = Stepper(
-            config=_step_config(config),
-            source=self.source,
-            pool=pool,
-            learners=learners,
-            kl=self.kl,
-            sentinel=Sentinel(run.sentinel),
-            dump=run.folder / "trajectories" if run.dump_trajectories else None,
+        self.kl = _kl_controller(config.algorithm)
+        self.sentinel = Sentinel(run.sentinel)
+        self.totals = {"trajectories": 0.0, "seconds": 0.0}
+        self.validator = Validator(
+            held_out, config.rollout.evaluation(run.seed), run.folder / "validation", self.sentinel
         )
+        if start is not None:
+            self.source.load_state_dict(start.driver["source"])
+            self.kl.load_state_dict(start.driver["kl"])
+            self.sentinel.load_state_dict(start.driver["sentinel"])
+            self.totals = dict(start.driver["totals"])
 
-    def go(self, resume: str) -> Summary:
-        """Resume or start, then train to the last step."""
-        run = self.config.trainer
-        run.folder.mkdir(parents=True, exist_ok=True)
-        if resume == "never":
-            self.checkpoints.set_aside()
-        done = self._restore(find(resume, self.checkpoints))
-        self.pool.update_weights(self.learners.weights(), done)
-        tracker = Tracker(run.folder, self.config.tracking, to_dict(self.config), resume_step=done)
-        try:
-            if run.val_only or (done == 0 and run.val_before_train):
-                tracker.log(self._validate(done), done)
-            if not run.val_only:
-                self._train(done, tracker)
-        finally:
-            tracker.close()
-        return self._summary(done if run.val_only else run.total_steps)
+    def go(self, learners: RayLearners, pool: RolloutPool) -> Summary:
+        """Train to the last step, or validate only."""
+        run, done = self.config.trainer, 0
+        if self.start is not None:
+            logger.info("resuming from %s", self.start.path)
+            learners.load(self.start.learners)
+            done = self.start.step
+        pool.publish(done)
+        if run.val_only:
+            with self._tracker(run.folder / "validation", None) as tracker:
+                tracker.log(self._validate(pool, done), done)
+            return self._summary(done)
+        with self._tracker(run.folder, done) as tracker:
+            if done == 0 and run.val_before_train:
+                tracker.log(self._validate(pool, done), done)
+            self._train(done, learners, pool, tracker)
+        return self._summary(run.total_steps)
 
-    def _train(self, done: int, tracker: Tracker) -> None:
+    def _tracker(self, folder: Path, resume_step: int | None) -> closing[Tracker]:
+        return closing(Tracker(folder, self.config.tracking, to_dict(self.config), resume_step))
+
+    def _train(self, done: int, learners: RayLearners, pool: RolloutPool, tracker: Tracker) -> None:
         run = self.config.trainer
+        stepper = self._stepper(learners, pool)
         with tqdm(total=run.total_steps, initial=done, desc="training", unit="step") as bar:
             for step in range(done + 1, run.total_steps + 1):
-                metrics = self.stepper.run(step)
+                metrics = stepper.run(step)
                 self._count(metrics)
                 last = step == run.total_steps
                 if last or _due(step, run.test_freq):
-                    metrics |= self._validate(step)
+                    metrics |= self._validate(pool, step)
                 tracker.log(metrics, step)
                 bar.set_postfix({"reward": f"{metrics.get('reward/mean', 0):.3f}"})
                 bar.update()
                 if last or _due(step, run.checkpoint.save_freq):
-                    self._save(step, metrics)
+                    self._save(step, metrics, learners)
 
-    def _validate(self, step: int) -> dict[str, float]:
+    def _stepper(self, learners: RayLearners, pool: RolloutPool) -> Stepper:
+        run = self.config.trainer
+        return Stepper(
+            config=_step_config(self.config),
+            source=self.source,
+            pool=pool,
+            learners=learners,
+            kl=self.kl,
+            sentinel=self.sentinel,
+            dump=run.folder / "trajectories" if run.dump_trajectories else None,
+        )
+
+    def _validate(self, pool: RolloutPool, step: int) -> dict[str, float]:
         with tqdm(total=len(self.validator.questions), desc=f"validating step {step}", unit="question") as bar:
-            return self.validator.run(self.pool, step, bar.update)
+            return self.validator.run(pool, step, bar.update)
 
     def _count(self, metrics: Mapping[str, float]) -> None:
-        samples = self.config.rollout.samples
         self.totals["trajectories"] += metrics["env/trajectories"]
-        self.totals["questions"] += metrics["env/trajectories"] / samples
         self.totals["seconds"] += metrics["timing_s/step"]
 
-    def _save(self, step: int, metrics: Mapping[str, float]) -> None:
+    def _save(self, step: int, metrics: Mapping[str, float], learners: RayLearners) -> None:
         driver = {
             "source": self.source.state_dict(),
             "kl": self.kl.state_dict(),
+            "sentinel": self.sentinel.state_dict(),
             "totals": self.totals,
             "best": metrics.get(self.config.trainer.checkpoint.best_metric or ""),
         }
-        self.checkpoints.save(step, driver, self.learners.save, self.learners.export)
-
-    def _restore(self, checkpoint: Checkpoint | None) -> int:
-        """Load a checkpoint into everything that has state; return the number of steps done."""
-        if checkpoint is None:
-            return 0
-        logger.info("resuming from %s", checkpoint.path)
-        self.source.load_state_dict(checkpoint.driver["source"])
-        self.kl.load_state_dict(checkpoint.driver["kl"])
-        self.totals = dict(checkpoint.driver["totals"])
-        self.learners.load(checkpoint.learners)
-        return checkpoint.step
+        self.checkpoints.save(step, driver, learners.save, learners.export)
 
     def _summary(self, steps: int) -> Summary:
-        totals = self.totals
+        trajectories = int(self.totals["trajectories"])
         return Summary(
             algorithm=self.config.algorithm.estimator,
             steps=steps,
-            questions=int(totals["questions"]),
-            trajectories=int(totals["trajectories"]),
-            seconds=totals["seconds"],
+            questions=trajectories // self.config.rollout.samples,
+            trajectories=trajectories,
+            seconds=self.totals["seconds"],
         )
 
 
@@ -247,8 +253,7 @@ def _step_config(config: TrainConfig) -> StepConfig:
     )
 
 
-def _kl_controller(config: TrainConfig) -> KLController:
-    algorithm = config.algorithm
+def _kl_controller(algorithm: AlgorithmConfig) -> KLController:
     if algorithm.kl_target is None:
         return FixedKLController(algorithm.kl_coef)
     return AdaptiveKLController(algorithm.kl_coef, algorithm.kl_target, algorithm.kl_horizon)

@@ -14,21 +14,24 @@ from dataclasses import asdict
 
 from verl.config import run_entry, to_yaml
 from verl.errors import SearchAgentError
+from verl.evaluation.journal import write_whole
 from verl.evaluation.report import plot_curves
 from verl.trainer.config import TrainConfig
 from verl.trainer.loop import train
-from verl.trainer.tracking import read_all
+from verl.trainer.tracking import HISTORY, read_all
 
 logger = logging.getLogger(__name__)
 
 
 def run(config: TrainConfig) -> None:
-    """Train, then draw the curves; the composed configuration is written beside them."""
+    """Train, then draw the curves; the composed configuration is written beside them. Or only validate."""
+    if config.trainer.val_only:
+        train(config)
+        return
     folder = config.trainer.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    write_whole(folder / "config.yaml", to_yaml(config))
     summary = train(config)
-    plot_curves(read_all(folder / "metrics.jsonl"), folder / "report.png")
+    plot_curves(read_all(folder / HISTORY), folder / "report.png")
     logger.info("trained: %s; curves in %s", asdict(summary), folder / "report.png")
 
 

@@ -16,14 +16,9 @@ def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     metrics = {"env/failed": float(len(samples) - len(scored)), "env/trajectories": float(len(samples))}
     if not scored:
         return metrics
-    scores = [sample.outcome.score for sample in scored]
-    metrics |= {
-        "reward/mean": _mean(scores),
-        "reward/max": max(scores),
-        "reward/min": min(scores),
-        "reward/accuracy": _mean([float(sample.outcome.correct) for sample in scored]),
-    }
     metrics |= _part_means([sample.outcome.parts for sample in scored])
+    metrics |= _spread("reward", [sample.outcome.score for sample in scored])
+    metrics["reward/accuracy"] = _mean([float(sample.outcome.correct) for sample in scored])
     metrics |= _outcome_shares(scored)
     metrics |= _groups_with_variance(scored)
     return metrics | trajectory_metrics([sample.trajectory for sample in scored])
@@ -32,33 +27,47 @@ def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
 def trajectory_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     """Return how the policy searched.
 
-    `valid_rate` is the share of trajectories that finished by themselves without an invalid turn, `invalid_actions`
-    the share of turns without an action, `valid_search_rate` searches answered per turn.
+    `valid_rate` is the share of trajectories that finished by themselves without an invalid turn. Per turn:
+    `ratio_of_valid_action`, `invalid_actions` (its complement) and `valid_search_rate`, the share that was answered
+    by the retriever. Per question: `number_of_actions`, `searches` and `selected_documents`. `state_tokens` are those
+    that the policy sampled, `coverage` is their share of what follows the prompt.
     """
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     stops = Counter(trajectory.stop for trajectory in trajectories)
     recalls = [r for t in trajectories if (r := gold_recall(t.question, t.documents)) is not None]
     count = max(len(trajectories), 1)
+    invalid = sum(turn.invalid for turn in turns)
+    sampled = [policy_tokens(trajectory) for trajectory in trajectories]
+    after_prompt = sum(len(segment.ids) for trajectory in trajectories for segment in trajectory.segments)
     metrics = {
-        "env/number_of_actions/mean": len(turns) / count,
+        "env/number_of_valid_action": (len(turns) - invalid) / count,
+        "env/ratio_of_valid_action": (len(turns) - invalid) / max(len(turns), 1),
         "env/finish_ratio": stops[Stop.FINISHED] / count,
         "env/turn_limit_ratio": stops[Stop.TURN_LIMIT] / count,
         "env/length_ratio": stops[Stop.LENGTH] / count,
         "env/valid_rate": _mean([float(is_valid(trajectory)) for trajectory in trajectories]),
-        "env/invalid_actions": _mean([float(turn.invalid) for turn in turns]),
+        "env/invalid_actions": invalid / max(len(turns), 1),
         "env/valid_search_rate": _mean([float(turn.result is not None) for turn in turns]),
         "env/searches": sum(trajectory.searches for trajectory in trajectories) / count,
-        "env/selected_documents": _mean([float(len(turn.selected or ())) for turn in turns]),
+        "env/selected_documents": sum(len(turn.selected or ()) for turn in turns) / count,
         "env/documents": _mean([float(len(trajectory.documents)) for trajectory in trajectories]),
-        "response_length/mean": _mean([float(_policy_tokens(trajectory)) for trajectory in trajectories]),
-        "prompt_length/mean": _mean([float(len(trajectory.prompt_ids)) for trajectory in trajectories]),
+        "state_tokens/total": float(sum(sampled)),
+        "state_tokens/coverage": sum(sampled) / max(after_prompt, 1),
     }
+    metrics |= _spread("env/number_of_actions", [len(trajectory.turns) for trajectory in trajectories])
+    metrics |= _spread("response_length", sampled)
+    metrics |= _spread("prompt_length", [len(trajectory.prompt_ids) for trajectory in trajectories])
     return metrics | ({"env/gold_recall": _mean(recalls)} if recalls else {})
 
 
 def is_valid(trajectory: Trajectory) -> bool:
     """Whether it finished by itself and every turn held an action."""
     return trajectory.stop is Stop.FINISHED and not any(turn.invalid for turn in trajectory.turns)
+
+
+def policy_tokens(trajectory: Trajectory) -> int:
+    """Return the number of tokens that the policy sampled."""
+    return sum(len(segment.ids) for segment in trajectory.segments if segment.role is Role.POLICY)
 
 
 def _outcome_shares(samples: Sequence[Sample]) -> dict[str, float]:
@@ -86,8 +95,10 @@ def _part_means(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {f"reward/{name}": _mean(column) for name, column in values.items()}
 
 
-def _policy_tokens(trajectory: Trajectory) -> int:
-    return sum(len(segment.ids) for segment in trajectory.segments if segment.role is Role.POLICY)
+def _spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    if not values:
+        return {}
+    return {f"{name}/mean": _mean(values), f"{name}/max": float(max(values)), f"{name}/min": float(min(values))}
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from verl.algorithms.kl import MAX_ERROR
 from verl.errors import ConfigError
 from verl.rewards.registry import Scorer
 from verl.trainer.config import TrainConfig
@@ -25,7 +27,8 @@ def check(config: TrainConfig, questions: Sequence[Question]) -> None:
         ConfigError: every problem found, each with its fix, in one message.
         DataError: a question lacks what the reward needs, for example its baseline.
     """
-    problems = [*_batches(config), *_sampling(config), *_lengths(config), *_devices(config)]
+    checks = (_batches, _groups, _kl, _sampling, _lengths, _engine, _devices, _tracking)
+    problems = [problem for find in checks for problem in find(config)]
     if problems:
         raise ConfigError("; also: ".join(problems))
     Scorer(config.reward, _never).validate(questions)
@@ -37,7 +40,8 @@ async def _never(*_: object) -> object:
 
 def _batches(config: TrainConfig) -> Iterator[str]:
     trajectories = config.data.batch_size * config.rollout.samples
-    for name, plan in (("actor", config.actor.update), ("critic", config.critic.update)):
+    plans = {"actor": config.actor.update} | ({"critic": config.critic.update} if config.algorithm.needs_critic else {})
+    for name, plan in plans.items():
         size = plan.mini_batch_size
         if size is not None and trajectories % size:
             yield (
@@ -45,10 +49,31 @@ def _batches(config: TrainConfig) -> Iterator[str]:
                 f"(data.batch_size={config.data.batch_size} x rollout.samples={config.rollout.samples}); choose a "
                 "divisor"
             )
-    if config.algorithm.estimator in ("grpo", "rloo") and config.rollout.samples < 2:
+
+
+def _groups(config: TrainConfig) -> Iterator[str]:
+    algorithm, samples = config.algorithm, config.rollout.samples
+    if samples >= 2:
+        return
+    if algorithm.compares_samples:
         yield (
-            f"algorithm.estimator={config.algorithm.estimator} compares samples of one question, but rollout.samples="
-            f"{config.rollout.samples}; set it to at least 2"
+            f"algorithm.estimator={algorithm.estimator} compares samples of one question, but rollout.samples="
+            f"{samples}; set it to at least 2"
+        )
+    if algorithm.dynamic_sampling:
+        yield (
+            f"algorithm.dynamic_sampling={algorithm.dynamic_sampling} drops questions whose samples score alike, which "
+            f"with rollout.samples={samples} is all of them; set it to at least 2, or dynamic_sampling to 0"
+        )
+
+
+def _kl(config: TrainConfig) -> Iterator[str]:
+    algorithm = config.algorithm
+    trajectories = config.data.batch_size * config.rollout.samples
+    if algorithm.kl_target is not None and trajectories * MAX_ERROR >= algorithm.kl_horizon:
+        yield (
+            f"algorithm.kl_horizon={algorithm.kl_horizon} is too short for {trajectories} trajectories a step, which "
+            f"could turn the coefficient negative; raise it above {trajectories * MAX_ERROR:g}"
         )
 
 
@@ -75,12 +100,30 @@ def _lengths(config: TrainConfig) -> Iterator[str]:
             f"engine.max_model_len={engine.max_model_len} exceeds the {limit} positions of {config.model.path}; lower "
             "engine.max_model_len and search.max_context_tokens, or take a model with a longer context"
         )
-    if not AutoTokenizer.from_pretrained(config.model.path).chat_template:
-        yield f"{config.model.path}: its tokenizer has no chat template; use an instruct model"
-    tied = bool(getattr(model, "tie_word_embeddings", False))
-    reason = why_not_updatable(tied, on_cpu=config.hardware.device == "cpu") if engine.kind == "vllm" else ""
+    if not _tokenizer(config.model.path).chat_template:
+        yield f"model.path={config.model.path}: its tokenizer has no chat template; use an instruct model"
+
+
+def _engine(config: TrainConfig) -> Iterator[str]:
+    engine, hardware = config.engine, config.hardware
+    if engine.model != config.actor.model.path:
+        yield (
+            f"engine.model={engine.model} differs from actor.model.path={config.actor.model.path}, whose weights it is "
+            "to sample from; set model.path alone, which both follow"
+        )
+    if engine.kind != "vllm":
+        return
+    if importlib.util.find_spec("vllm") is None:
+        yield "engine.kind=vllm, but vLLM is not installed; install it (scripts/install.sh) or set engine.kind=hf"
+    if engine.tensor_parallel_size != hardware.devices_per_engine:
+        yield (
+            f"engine.tensor_parallel_size={engine.tensor_parallel_size} differs from hardware.devices_per_engine="
+            f"{hardware.devices_per_engine}; set the latter alone, which the engine follows"
+        )
+    tied = bool(getattr(_model_config(config.model.path), "tie_word_embeddings", False))
+    reason = why_not_updatable(tied, on_cpu=hardware.device == "cpu")
     if reason:
-        yield reason
+        yield f"model.path={config.model.path}: {reason}"
 
 
 def _devices(config: TrainConfig) -> Iterator[str]:
@@ -92,6 +135,19 @@ def _devices(config: TrainConfig) -> Iterator[str]:
                 f"hardware.devices_per_node={wanted.devices_per_node} GPUs, but this machine has {there}; lower it, or "
                 "set ray.address to join a cluster that has them"
             )
+
+
+def _tracking(config: TrainConfig) -> Iterator[str]:
+    for backend in config.tracking.backends:
+        if importlib.util.find_spec(backend) is None:
+            yield f"tracking.backends names {backend}, which is not installed; run pip install {backend} or leave it out"
+
+
+def _tokenizer(path: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as cause:
+        raise ConfigError(f"model.path={path}: its tokenizer does not load ({cause}); give a complete model") from cause
 
 
 def _model_config(path: str) -> PretrainedConfig:

@@ -4,41 +4,47 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import ray
+from ray.exceptions import RayError
 
 from verl.agent.loop import derive_seed
 from verl.agent.protocols import Sampling
+from verl.errors import WorkerError
+from verl.single_controller import sync
+from verl.single_controller.placement import HardwareConfig
 from verl.single_controller.worker_group import Placed, WorkerGroup
 from verl.types import Question
 from verl.workers.engines import EngineConfig
 from verl.workers.rollout import RolloutWorker, Sample, Surroundings
+from verl.workers.weight_sync import Transport
 
 START_SECONDS = 600.0
+STOP_SECONDS = 30.0
 
 Progress = Callable[[int], None]
 
 
-@dataclass
-class Usage:
-    """What one collection cost: seconds summed over trajectories, and policy tokens."""
+class Rollouts(Protocol):
+    """What plays questions with the present policy: a `RolloutPool`, or a fake."""
 
-    search_seconds: float = 0.0
-    reward_seconds: float = 0.0
-    seconds: float = 0.0
-    policy_tokens: int = 0
-    dropped_documents: int = 0
+    @property
+    def version(self) -> int:
+        """Version of the weights that sample now."""
+        ...
 
-    def add(self, sample: Sample) -> None:
-        """Add one trajectory."""
-        self.search_seconds += sample.search_seconds
-        self.reward_seconds += sample.reward_seconds
-        self.seconds += sample.seconds
-        for turn in sample.trajectory.turns:
-            self.dropped_documents += turn.dropped
-            self.policy_tokens += sum(len(segment.ids) for segment in turn.segments if segment.logprobs)
+    def collect(
+        self, questions: Sequence[Question], samples: int, sampling: Sampling, progress: Progress | None = None
+    ) -> list[list[Sample]]:
+        """Play every question `samples` times; result i belongs to questions[i]."""
+        ...
+
+    def publish(self, version: int) -> None:
+        """Sample from the actor's present weights from now on, as `version`."""
+        ...
 
 
 @dataclass
@@ -52,6 +58,8 @@ class RolloutPool:
     group: WorkerGroup
     in_flight: int
     _version: int = field(default=0, init=False)
+    _train: WorkerGroup | None = field(default=None, init=False)
+    _transport: Transport = field(default="copy", init=False)
 
     @classmethod
     def start(
@@ -85,22 +93,34 @@ class RolloutPool:
         groups_each = max(1, self.in_flight // samples)
         running: dict[Any, tuple[int, int]] = {}
         results: dict[int, list[Sample]] = {}
-        for worker in range(len(self.group)):
-            for index, question in itertools.islice(waiting, groups_each):
-                running[self._submit(worker, index, question, samples, sampling)] = (index, worker)
+        # Round by round, so that few questions spread over all workers.
+        workers = [worker for _ in range(groups_each) for worker in range(len(self.group))]
+        for worker, (index, question) in zip(workers, waiting, strict=False):
+            running[self._submit(worker, index, question, samples, sampling)] = (index, worker)
         while running:
             (done,), _ = ray.wait(list(running), num_returns=1)
             index, worker = running.pop(done)
-            results[index] = self.group.get(done, worker, "sample")
+            results[index] = self._result(done, worker)
             if progress:
                 progress(len(results[index]))
             for later, question in itertools.islice(waiting, 1):
                 running[self._submit(worker, later, question, samples, sampling)] = (later, worker)
         return [results[index] for index in range(len(questions))]
 
-    def update_weights(self, weights: dict[str, Any], version: int) -> None:
-        """Give every worker the new weights (one copy through the object store) and wait until all have them."""
-        self.group.call("update_weights", weights, version)
+    def connect(self, train: WorkerGroup, transport: Transport, hardware: HardwareConfig) -> None:
+        """Prepare the way from the training workers' weights to the engines; see `verl.workers.weight_sync`."""
+        self._train, self._transport = train, transport
+        sync.connect(train, self.group, transport, hardware.devices_per_engine)
+
+    def publish(self, version: int) -> None:
+        """Make every engine sample from the actor's weights, as `version`; returns when all do.
+
+        Raises:
+            WorkerError: a worker failed.
+        """
+        if self._train is None:
+            raise RuntimeError("publish before connect; connect the training workers first")
+        sync.publish(self._train, self.group, self._transport, version)
         self._version = version
 
     @property
@@ -109,8 +129,16 @@ class RolloutPool:
         return self._version
 
     def close(self) -> None:
-        """Stop the engines."""
-        self.group.call("close")
+        """Stop the engines and end the workers; those that have died already are left as they are."""
+        with suppress(WorkerError):
+            self.group.start("close").result(STOP_SECONDS)
+        self.group.close()
+
+    def _result(self, ref: Any, worker: int) -> list[Sample]:
+        try:
+            return ray.get(ref)
+        except RayError as cause:
+            raise self.group.fail(f"rollout worker {worker} failed or died: {cause}") from cause
 
     def _submit(self, worker: int, index: int, question: Question, samples: int, sampling: Sampling) -> Any:
         seeds = [derive_seed(sampling.seed, index * samples + k) for k in range(samples)]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from verl.errors import SearchAgentError
-from verl.types import RewardOutcome, Trajectory
+from verl.types import RewardOutcome
 
 logger = logging.getLogger(__name__)
 
@@ -29,34 +29,58 @@ class SentinelConfig:
     max_failed_share: float = 0.2
     max_skipped_updates: int = 3
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_failed_share <= 1:
+            raise ValueError(f"max_failed_share={self.max_failed_share}; expected a share in [0, 1]")
+        if self.max_skipped_updates < 0:
+            raise ValueError(f"max_skipped_updates={self.max_skipped_updates}; expected 0 or more")
+
 
 class Sentinel:
     """Counts failures and stops the run when they pass the limits."""
 
     def __init__(self, config: SentinelConfig) -> None:
         self._config = config
-        self._skipped_in_a_row = 0
+        self._skipped_in_a_row: dict[str, int] = {}
 
-    def check_rollouts(self, samples: Sequence[tuple[Trajectory, RewardOutcome]]) -> None:
-        """Raise RunStopped when too many of a step's trajectories failed, naming the commonest cause."""
-        causes = Counter(outcome.failed for _, outcome in samples if outcome.failed)
+    def check_rollouts(self, outcomes: Sequence[RewardOutcome]) -> None:
+        """Raise RunStopped when too many of these trajectories failed, naming the commonest cause."""
+        causes = Counter(outcome.failed for outcome in outcomes if outcome.failed)
         failed = causes.total()
-        if failed <= self._config.max_failed_share * len(samples):
-            if failed:
-                logger.warning("%d of %d trajectories failed: %s", failed, len(samples), causes.most_common(1)[0][0])
+        if not failed:
             return
         cause, count = causes.most_common(1)[0]
+        if failed <= self._config.max_failed_share * len(outcomes):
+            logger.warning("%d of %d trajectories failed: %s", failed, len(outcomes), cause)
+            return
         raise RunStopped(
-            f"{failed} of {len(samples)} trajectories failed, more than trainer.sentinel.max_failed_share="
+            f"{failed} of {len(outcomes)} trajectories failed, more than trainer.sentinel.max_failed_share="
             f"{self._config.max_failed_share}; commonest cause ({count}x): {cause}. Mend the service, then resume from "
             "the last checkpoint with trainer.resume=auto"
         )
 
-    def check_updates(self, skipped: int, applied: int) -> None:
-        """Raise RunStopped after too many skipped updates in a row (`applied` > 0 ends a row)."""
-        self._skipped_in_a_row = self._skipped_in_a_row + skipped if applied == 0 else 0
-        if self._skipped_in_a_row > self._config.max_skipped_updates:
-            raise RunStopped(
-                f"{self._skipped_in_a_row} updates in a row had a NaN or infinite loss or gradient and were skipped; "
-                "lower the learning rate or resume from an earlier checkpoint"
-            )
+    def check_updates(self, metrics: Mapping[str, float]) -> None:
+        """Raise RunStopped after too many skipped updates in a row, of the actor or of the critic.
+
+        Args:
+            metrics: of a step; `actor/updates` and `actor/skipped_updates` (and the critic's) if it had any. A step
+                with an update that was applied ends a row.
+        """
+        for model in ("actor", "critic"):
+            if f"{model}/updates" not in metrics:
+                continue
+            skipped = self._skipped_in_a_row.get(model, 0) + int(metrics[f"{model}/skipped_updates"])
+            self._skipped_in_a_row[model] = 0 if metrics[f"{model}/updates"] else skipped
+            if self._skipped_in_a_row[model] > self._config.max_skipped_updates:
+                raise RunStopped(
+                    f"{skipped} updates of the {model} in a row had a NaN or infinite loss or gradient and were "
+                    f"skipped; lower {model}.optim.lr or resume from an earlier checkpoint"
+                )
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the rows of skipped updates, by model."""
+        return dict(self._skipped_in_a_row)
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Restore what `state_dict` returned."""
+        self._skipped_in_a_row = dict(state)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -18,9 +19,9 @@ from verl.agent.protocols import Sampling
 from verl.algorithms.kl import KLController
 from verl.algorithms.masked import masked_mean
 from verl.batch import Batch, TrainBatch
-from verl.trainer.estimate import AlgorithmConfig, estimate, informative
-from verl.trainer.metrics import rollout_metrics
-from verl.trainer.rollouts import Progress, RolloutPool, Usage, flat
+from verl.trainer.estimate import AlgorithmConfig, estimate
+from verl.trainer.metrics import policy_tokens, rollout_metrics
+from verl.trainer.rollouts import Progress, Rollouts, flat
 from verl.trainer.sentinel import RunStopped, Sentinel
 from verl.trajectories import append_trajectories
 from verl.types import Question
@@ -48,10 +49,6 @@ class Learners(Protocol):
 
     def update_critic(self, batch: TrainBatch) -> Mapping[str, float]:
         """Improve the critic; return stats named `critic/...`."""
-        ...
-
-    def weights(self) -> dict[str, Tensor]:
-        """Return the policy's full weights by Hugging Face name."""
         ...
 
 
@@ -111,13 +108,12 @@ class Stepper:
 
     config: StepConfig
     source: QuestionSource
-    pool: RolloutPool
+    pool: Rollouts
     learners: Learners
     kl: KLController
     sentinel: Sentinel
     dump: Path | None = None
     progress: Progress | None = None
-    _usage: Usage = field(default_factory=Usage)
 
     def run(self, step: int) -> dict[str, float]:
         """Do step number `step` (from 1) and return its metrics.
@@ -129,7 +125,7 @@ class Stepper:
         with watch("rollout"):
             everything, samples = self._samples(step)
         self._dump(step, everything)
-        self.sentinel.check_rollouts(everything)
+        self._check(step, everything, samples)
         with watch("collate"):
             batch = collate([sample.trajectory for sample in samples], config.pad_id)
             scores = torch.tensor([sample.outcome.score for sample in samples], dtype=torch.float32)
@@ -147,49 +143,59 @@ class Stepper:
             with watch("update_actor"):
                 metrics |= self.learners.update_actor(train)
             with watch("sync"):
-                self.pool.update_weights(self.learners.weights(), step)
-        if "critic/kl" in metrics:
-            self.kl.update(metrics["critic/kl"], len(samples))
+                self.pool.publish(step)
+            self._adapt_kl(metrics, len(samples))
         metrics |= rollout_metrics(everything) | _mismatch(batch, old, samples, version)
-        metrics |= watch.metrics() | self._throughput(watch)
-        self.sentinel.check_updates(int(metrics.get("actor/skipped_updates", 0)), int(metrics.get("actor/updates", 1)))
+        metrics |= _throughput(everything, watch) | watch.metrics()
+        self.sentinel.check_updates(metrics)
         return metrics
 
     def _samples(self, step: int) -> tuple[list[Sample], list[Sample]]:
         """Roll out until the step is full; return all samples, and those that are learned from.
 
-        Failed trajectories are never learned from. With dynamic sampling, groups whose rewards are all equal are
-        dropped and further questions are drawn, up to the configured number of draws.
+        With dynamic sampling further questions are drawn in the place of those whose group teaches nothing, up to the
+        configured number of draws.
         """
-        config, self._usage = self.config, Usage()
+        config = self.config
         everything: list[Sample] = []
-        kept: list[Sample] = []
+        kept: list[list[Sample]] = []
         for draw in range(max(1, config.algorithm.dynamic_sampling)):
-            missing = config.questions - len({sample.trajectory.question.id for sample in kept})
-            if draw and not missing:
+            missing = config.questions - len(kept)
+            if not missing:
                 break
             sampling = _seeded(config.sampling, step, draw)
             groups = self.pool.collect(self.source.take(missing), config.samples, sampling, self.progress)
-            fresh = list(flat(groups))
-            everything += fresh
-            kept += self._learnable([sample for sample in fresh if not sample.outcome.failed])
-        for sample in everything:
-            self._usage.add(sample)
-        if not kept:
-            self.sentinel.check_rollouts(everything)
-            raise RunStopped(
-                f"step {step}: none of {len(everything)} trajectories can be learned from; with dynamic sampling every "
-                "group had equal rewards: raise algorithm.dynamic_sampling or the sampling temperature"
-            )
-        return everything, kept
+            everything += flat(groups)
+            kept += [group for group in map(self._learnable, groups) if group]
+        return everything, list(flat(kept))
 
-    def _learnable(self, samples: list[Sample]) -> list[Sample]:
-        if not self.config.algorithm.dynamic_sampling or not samples:
-            return samples
-        ids = {name: n for n, name in enumerate(dict.fromkeys(s.trajectory.question.id for s in samples))}
-        scores = torch.tensor([sample.outcome.score for sample in samples])
-        mask = informative(scores, torch.tensor([ids[s.trajectory.question.id] for s in samples]))
-        return [sample for sample, keep in zip(samples, mask.tolist(), strict=True) if keep]
+    def _learnable(self, group: list[Sample]) -> list[Sample]:
+        """Return what of a question's samples is learned from.
+
+        Failed ones never are. A group-relative estimator cannot judge one that the failures left alone, and dynamic
+        sampling drops groups whose scores are all equal, because they carry no gradient (DAPO, Yu et al. 2025).
+        """
+        algorithm = self.config.algorithm
+        scored = [sample for sample in group if not sample.outcome.failed]
+        if algorithm.compares_samples and len(scored) == 1 < len(group):
+            return []
+        if algorithm.dynamic_sampling and len({sample.outcome.score for sample in scored}) < 2:
+            return []
+        return scored
+
+    def _check(self, step: int, everything: Sequence[Sample], learned: Sequence[Sample]) -> None:
+        self.sentinel.check_rollouts([sample.outcome for sample in everything])
+        if not learned:
+            raise RunStopped(
+                f"step {step}: none of {len(everything)} trajectories can be learned from, because no group was left "
+                "whose rewards differ; raise algorithm.dynamic_sampling or rollout.temperature"
+            )
+
+    def _adapt_kl(self, metrics: Mapping[str, float], count: int) -> None:
+        """Let the controller see the KL of `count` trajectories; while only the critic learns, there is none to see."""
+        kl = metrics.get("critic/kl", math.nan)
+        if math.isfinite(kl):
+            self.kl.update(kl, count)
 
     def _dump(self, step: int, samples: list[Sample]) -> None:
         """Write the step's trajectories with their outcomes, whether or not the run goes on."""
@@ -200,15 +206,18 @@ class Stepper:
         path.unlink(missing_ok=True)
         append_trajectories(path, [(sample.trajectory, sample.outcome) for sample in samples])
 
-    def _throughput(self, watch: Stopwatch) -> dict[str, float]:
-        """Waiting is summed over trajectories, which overlap; as a share it says what they spend their time on."""
-        usage = self._usage
-        return {
-            "rollout/search_wait_share": usage.search_seconds / max(usage.seconds, 1e-9),
-            "rollout/reward_wait_share": usage.reward_seconds / max(usage.seconds, 1e-9),
-            "rollout/tokens_per_second": usage.policy_tokens / max(watch.seconds["rollout"], 1e-9),
-            "rollout/dropped_documents": float(usage.dropped_documents),
-        }
+
+def _throughput(samples: Sequence[Sample], watch: Stopwatch) -> dict[str, float]:
+    """Say what the rollout spent its time on; waits are shares because trajectories overlap."""
+    turns = [turn for sample in samples for turn in sample.trajectory.turns]
+    seconds = max(sum(sample.seconds for sample in samples), 1e-9)
+    return {
+        "rollout/search_wait_share": sum(sample.search_seconds for sample in samples) / seconds,
+        "rollout/reward_wait_share": sum(sample.reward_seconds for sample in samples) / seconds,
+        "rollout/tokens_per_second": sum(policy_tokens(sample.trajectory) for sample in samples)
+        / max(watch.seconds["rollout"], 1e-9),
+        "rollout/dropped_documents": float(sum(turn.dropped for turn in turns)),
+    }
 
 
 def _seeded(sampling: Sampling, step: int, draw: int) -> Sampling:

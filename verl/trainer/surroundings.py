@@ -34,8 +34,10 @@ class ServiceSurroundings:
         scorer = Scorer(self.reward, generator.answer, judge)
 
         async def close() -> None:
-            await retriever.aclose()
-            await generator.aclose()
+            try:
+                await retriever.aclose()
+            finally:
+                await generator.aclose()
 
         tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
         return Surroundings(S3Grammar(self.search), retriever, scorer, tokenizer, close)

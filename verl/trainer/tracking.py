@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from verl.errors import ConfigError
+from verl.evaluation.journal import write_whole
+from verl.trainer.checkpoint import free_name
 
 logger = logging.getLogger(__name__)
+
+HISTORY = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,9 @@ class TrackingConfig:
     def __post_init__(self) -> None:
         for backend in self.backends:
             if backend not in _BACKENDS:
-                raise ConfigError(f"tracking.backends names {backend!r}; known: {', '.join(sorted(_BACKENDS))}")
+                raise ValueError(f"backends names {backend!r}; known: {', '.join(sorted(_BACKENDS))}")
+        if self.console_every < 1:
+            raise ValueError(f"console_every={self.console_every}; expected at least 1")
 
 
 class Sink(Protocol):
@@ -53,17 +58,21 @@ class Tracker:
     """Sends each step's scalars to every sink; the jsonl history survives a resume.
 
     On a resume at step `n` pass `resume_step=n`: later rows, which the interrupted run wrote and the resumed one will
-    write again, are dropped from the history.
+    write again, are dropped from the history; None keeps all. A run that starts anew (0) sets an earlier run's file
+    aside.
     """
 
     def __init__(
-        self, folder: Path, config: TrackingConfig, run_config: Mapping[str, Any], resume_step: int = 0
+        self, folder: Path, config: TrackingConfig, run_config: Mapping[str, Any], resume_step: int | None = 0
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.history = read_history(folder / "metrics.jsonl", resume_step)
+        path = folder / HISTORY
+        self.history = read_history(path, resume_step)
+        if not self.history and path.exists() and path.stat().st_size:
+            path.rename(free_name(path))
         self._config = config
-        self._sinks: list[Sink] = [JsonlSink(folder / "metrics.jsonl", self.history)]
-        self._sinks += [_BACKENDS[name](folder, config, run_config) for name in config.backends]
+        self._sinks: list[Sink] = [JsonlSink(path, self.history)]
+        self._sinks += [_BACKENDS[name](folder, config, run_config, resume_step) for name in config.backends]
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record one step's scalars; NaN and infinities go to the file as null and are never averaged away."""
@@ -99,9 +108,11 @@ def console_line(metrics: Mapping[str, float], step: int) -> str:
     return f"step {step}: " + ", ".join(shown)
 
 
-def read_history(path: Path, last_step: int) -> list[dict[str, float]]:
-    """Return the rows of a metrics file up to `last_step`; none when nothing is resumed."""
-    return [row for row in read_all(path) if row["step"] <= last_step] if last_step > 0 else []
+def read_history(path: Path, last_step: int | None) -> list[dict[str, float]]:
+    """Return the rows of a metrics file up to `last_step`: none for 0, when nothing is resumed, and all for None."""
+    if last_step == 0:
+        return []
+    return [row for row in read_all(path) if last_step is None or row["step"] <= last_step]
 
 
 def read_all(path: Path) -> list[dict[str, float]]:
@@ -122,26 +133,24 @@ class JsonlSink:
     """One JSON object a step, flushed at once."""
 
     def __init__(self, path: Path, history: list[dict[str, float]]) -> None:
-        self._stream: IO[str] = path.open("w", encoding="utf-8")
-        for row in history:
-            self._write(row)
+        # The history is replaced as a whole, so that a kill in between cannot lose it.
+        write_whole(path, "".join(map(_line, history)))
+        self._stream: IO[str] = path.open("a", encoding="utf-8")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        self._write({"step": step, **metrics})
+        self._stream.write(_line({"step": step, **metrics}))
+        self._stream.flush()
 
     def close(self) -> None:
         self._stream.close()
-
-    def _write(self, row: Mapping[str, float]) -> None:
-        clean = {key: value if math.isfinite(value) else None for key, value in row.items()}
-        self._stream.write(json.dumps(clean) + "\n")
-        self._stream.flush()
 
 
 class WandbSink:
     """Weights & Biases; imported only when it is asked for."""
 
-    def __init__(self, folder: Path, config: TrackingConfig, run_config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, config: TrackingConfig, run_config: Mapping[str, Any], resume_step: int | None
+    ) -> None:
         import wandb
 
         self._run = wandb.init(
@@ -158,10 +167,12 @@ class WandbSink:
 class TensorboardSink:
     """Tensorboard event files; imported only when it is asked for."""
 
-    def __init__(self, folder: Path, config: TrackingConfig, run_config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, config: TrackingConfig, run_config: Mapping[str, Any], resume_step: int | None
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
         self._writer.add_text("config", json.dumps(run_config, default=str))
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -170,6 +181,10 @@ class TensorboardSink:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _line(row: Mapping[str, float]) -> str:
+    return json.dumps({key: value if math.isfinite(value) else None for key, value in row.items()}) + "\n"
 
 
 _BACKENDS = {"wandb": WandbSink, "tensorboard": TensorboardSink}

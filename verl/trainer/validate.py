@@ -9,7 +9,8 @@ from pathlib import Path
 
 from verl.agent.protocols import Sampling
 from verl.trainer.metrics import trajectory_metrics
-from verl.trainer.rollouts import Progress, RolloutPool, flat
+from verl.trainer.rollouts import Progress, Rollouts, flat
+from verl.trainer.sentinel import Sentinel
 from verl.trajectories import append_trajectories
 from verl.types import Question
 from verl.workers.rollout import Sample
@@ -21,22 +22,28 @@ class Validator:
 
     Attributes:
         folder: gets `step_000020.jsonl` with every trajectory and outcome.
+        sentinel: judges the failures; an accuracy over the few questions that a dead service left would mislead.
     """
 
     questions: Sequence[Question]
     sampling: Sampling
     folder: Path
+    sentinel: Sentinel
 
-    def run(self, pool: RolloutPool, step: int, progress: Progress | None = None) -> dict[str, float]:
+    def run(self, pool: Rollouts, step: int, progress: Progress | None = None) -> dict[str, float]:
         """Return `val/...` metrics: accuracy over all questions and by kind, score, and how the policy searched.
 
         A question that failed is counted in `val/failed` and left out of the means.
+
+        Raises:
+            RunStopped: too many failed.
         """
         samples = list(flat(pool.collect(self.questions, 1, self.sampling, progress)))
         path = self.folder / f"step_{step:06d}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
         append_trajectories(path, [(sample.trajectory, sample.outcome) for sample in samples])
+        self.sentinel.check_rollouts([sample.outcome for sample in samples])
         return validation_metrics(samples)
 
 

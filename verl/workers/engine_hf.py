@@ -1,7 +1,7 @@
 """The rollout engine for machines without vLLM: a transformers model and a decode loop of our own.
 
-Concurrent calls wait in a queue; what waits when the decoder is free becomes one left-padded batch with a key-value
-cache. A row answers its caller the moment it ends, and leaves the batch. Legend: B rows of the batch, S tokens.
+Concurrent calls decode as one batch. A request joins it as soon as there is room, and answers its caller and leaves
+the batch the moment it ends.
 """
 
 from __future__ import annotations
@@ -9,16 +9,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from verl.agent.protocols import Generation, Sampling
 from verl.errors import EngineError
+from verl.workers.decoding import DecodingBatch
 from verl.workers.engines import EngineConfig, UpdateGate, checked_weights, token_budget, torch_dtype
 from verl.workers.sampler import RowSampling, sample
 
@@ -38,6 +40,28 @@ class _Row:
     logprobs: list[float] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _Group:
+    """Rows that decode together; `sampling` and `batch` are aligned with `rows`."""
+
+    rows: list[_Row]
+    sampling: RowSampling
+    batch: DecodingBatch
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, rows: list[_Row]) -> _Group:
+        sampling = RowSampling.of([row.sampling for row in rows], [row.seed for row in rows], model.device)
+        return cls(rows, sampling, DecodingBatch(model, [row.prompt_ids for row in rows]))
+
+    def kept(self, index: list[int]) -> _Group:
+        self.batch.keep(index)
+        return _Group([self.rows[i] for i in index], self.sampling.select(index), self.batch)
+
+    def joined(self, other: _Group) -> _Group:
+        self.batch.join(other.batch)
+        return _Group(self.rows + other.rows, self.sampling.join(other.sampling), self.batch)
+
+
 _Finish = Literal["stop", "length"]
 
 
@@ -49,11 +73,11 @@ class HFEngine:
         self.weight_version = 0
         self._model = model.eval()
         self._tokenizer = tokenizer
-        self._device = model.device
         self._ends = _end_ids(model, tokenizer)
         self._seeds = random.Random(config.seed)
         self._gate = UpdateGate()
-        self._waiting: list[_Row] = []
+        self._waiting: deque[_Row] = deque()  # appended to by callers, taken from by the decoding thread
+        self._active: list[_Row] = []
         self._decoder: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -109,48 +133,59 @@ class HFEngine:
             raise EngineError(f"a prompt id lies outside the model's vocabulary of {size}; is the tokenizer its own?")
 
     async def _drain(self) -> None:
-        """Decode batches until nothing waits; no caller is left without an answer, whatever happens."""
-        batch: list[_Row] = []
-        try:
-            while self._waiting:
-                await asyncio.sleep(0)  # callers that are ready now join this batch
-                size = self.config.max_num_seqs
-                batch, self._waiting = self._waiting[:size], self._waiting[size:]
-                await self._decode_in_thread(batch)
-        finally:
-            for row in (*batch, *self._waiting):
-                _fail(row, "the decoder ended without an answer")
-            self._waiting = []
-
-    async def _decode_in_thread(self, batch: Sequence[_Row]) -> None:
+        """Decode until nothing waits; no caller is left without an answer, whatever happens."""
         call = asyncio.get_running_loop().call_soon_threadsafe
         try:
-            await asyncio.to_thread(self._decode, batch, call)
-        except RuntimeError as error:  # torch's own errors, out of memory among them
-            logger.error("decoding %d sequences failed: %s", len(batch), error)
-            for row in batch:
-                _fail(row, f"decoding failed: {error}")
+            while self._waiting:
+                await asyncio.sleep(0)  # callers that are ready now start together
+                try:
+                    await asyncio.to_thread(self._decode, call)
+                except RuntimeError as error:  # torch's own errors, out of memory among them
+                    logger.error("decoding %d sequences failed: %s", len(self._active), error)
+                    self._fail_active(f"decoding failed: {error}")
+        finally:
+            self._active.extend(self._waiting)
+            self._waiting.clear()
+            self._fail_active("the decoder ended without an answer")
+
+    def _fail_active(self, cause: str) -> None:
+        for row in self._active:
+            if not row.answer.done():
+                row.answer.set_exception(EngineError(cause))
+        self._active = []
 
     @torch.inference_mode()
-    def _decode(self, batch: Sequence[_Row], call: Callable[..., Any]) -> None:
-        """Sample every row of `batch` to its end; runs in a thread of its own and answers through `call`."""
-        rows = list(batch)
-        sampling = RowSampling.of([row.sampling for row in rows], [row.seed for row in rows], self._device)
-        ids, mask = self._left_padded(rows)
-        cache = DynamicCache(config=self._model.config)
-        while rows:
-            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            logits = self._model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
-            ).logits[:, -1]
-            drawn, logprobs = sample(logits, sampling)
-            alive = self._advance(rows, drawn.tolist(), logprobs.tolist(), call)
-            ids, mask = drawn[:, None], torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            if len(alive) < len(rows):
-                index = torch.tensor(alive, dtype=torch.int64, device=self._device)
-                rows = [rows[i] for i in alive]
-                ids, mask, sampling = ids[index], mask[index], sampling.select(alive)
-                cache.batch_select_indices(index)
+    def _decode(self, call: Callable[..., Any]) -> None:
+        """Decode what waits, and what comes while it does; runs in a thread of its own and answers through `call`."""
+        group: _Group | None = None
+        while True:
+            if fresh := self._admit():
+                entering = self._step(_Group.of(self._model, fresh), call)
+                group = group.joined(entering) if group and entering else group or entering
+            if group is not None:
+                group = self._step(group, call)
+            self._active = [] if group is None else list(group.rows)
+            if group is None and not self._waiting:
+                return
+
+    def _admit(self) -> list[_Row]:
+        """Move waiting rows, as many as there is room for, to the active ones and return them."""
+        fresh = []
+        while self._waiting and len(self._active) < self.config.max_num_seqs:
+            row = self._waiting.popleft()
+            if not row.answer.cancelled():
+                self._active.append(row)
+                fresh.append(row)
+        return fresh
+
+    def _step(self, group: _Group, call: Callable[..., Any]) -> _Group | None:
+        """Sample one token for every row; return the group of those that go on, None when none does."""
+        drawn, logprobs = sample(group.batch.forward(), group.sampling)
+        alive = self._advance(group.rows, drawn.tolist(), logprobs.tolist(), call)
+        if not alive:
+            return None
+        group.batch.append(drawn)
+        return group if len(alive) == len(group.rows) else group.kept(alive)
 
     def _advance(
         self, rows: Sequence[_Row], ids: Sequence[int], logprobs: Sequence[float], call: Callable[..., Any]
@@ -187,16 +222,6 @@ class HFEngine:
     def _text(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def _left_padded(self, rows: Sequence[_Row]) -> tuple[Tensor, Tensor]:
-        """Return prompt ids and attention mask, (B, S) int64 each; the padding id is never attended to."""
-        longest = max(len(row.prompt_ids) for row in rows)
-        ids = torch.zeros((len(rows), longest), dtype=torch.int64)
-        mask = torch.zeros((len(rows), longest), dtype=torch.int64)
-        for index, row in enumerate(rows):
-            ids[index, longest - len(row.prompt_ids) :] = torch.tensor(row.prompt_ids)
-            mask[index, longest - len(row.prompt_ids) :] = 1
-        return ids.to(self._device), mask.to(self._device)
-
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Return the end-of-sequence ids of the tokenizer and of the model's generation config."""
@@ -208,8 +233,3 @@ def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
 def _answer(row: _Row, generation: Generation) -> None:
     if not row.answer.done():
         row.answer.set_result(generation)
-
-
-def _fail(row: _Row, cause: str) -> None:
-    if not row.answer.done():
-        row.answer.set_exception(EngineError(cause))

@@ -147,6 +147,9 @@ def _arguments(config: EngineConfig, on_cpu: bool) -> AsyncEngineArgs:
         gpu_memory_utilization=config.gpu_memory_utilization,
         enforce_eager=config.enforce_eager or on_cpu,
         enable_prefix_caching=config.prefix_caching,
+        # After a part of a prompt vLLM rewinds the request's seeded generator, which only CUDA's can do: on a CPU the
+        # engine would die.
+        enable_chunked_prefill=False if on_cpu else None,
         seed=config.seed,
         logprobs_mode="processed_logprobs",
         worker_extension_cls="verl.workers.vllm_extension.WeightReload",

@@ -62,6 +62,8 @@ class ModelConfig:
 def load_causal_lm(config: ModelConfig) -> LogProbModel:
     """Load the model with float32 weights on the CPU.
 
+    Every rank of a node does so before it keeps its shard, which takes 4 bytes per parameter and rank of host memory.
+
     Raises:
         ConfigError: there is no such model, or its logits are post-processed in a way that is not supported.
     """

@@ -42,6 +42,15 @@ class RowSampling:
             generators=tuple(torch.Generator(device).manual_seed(seed) for seed in seeds),
         )
 
+    def join(self, other: RowSampling) -> RowSampling:
+        """Return these rows and then those of `other`."""
+        return RowSampling(
+            torch.cat([self.temperature, other.temperature]),
+            torch.cat([self.top_p, other.top_p]),
+            torch.cat([self.top_k, other.top_k]),
+            self.generators + other.generators,
+        )
+
     def select(self, index: Sequence[int]) -> RowSampling:
         """Return the rows `index`, in that order."""
         return RowSampling(
