@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 PRETRAINING = (
     PretrainConfig(tokens=6_600_000, learning_rate=1.5e-3, decay=0.0, max_documents=1),
     PretrainConfig(tokens=16_000_000, learning_rate=1.5e-3, decay=0.4, level=2, seed=1),
+    PretrainConfig(tokens=2_000_000, learning_rate=7e-4, decay=1.0, level=9, seed=3),
 )
 DEMONSTRATIONS = PretrainConfig(tokens=1_500_000, learning_rate=5e-4, decay=0.8, searching=1.0, seed=2)
 

@@ -63,9 +63,7 @@ class AlgorithmConfig:
         if self.kl_horizon < 1:
             raise ValueError(f"kl_horizon={self.kl_horizon}; expected at least 1 trajectory")
         if self.critic_warmup and not self.needs_critic:
-            raise ValueError(
-                f"critic_warmup={self.critic_warmup} needs a critic, which {self.estimator} has not; set 0"
-            )
+            raise ValueError(f"critic_warmup={self.critic_warmup} needs a critic, which {self.estimator} lacks; set 0")
 
     @property
     def needs_critic(self) -> bool:

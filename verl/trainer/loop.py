@@ -91,12 +91,13 @@ def train(config: TrainConfig) -> Summary:
         RunStopped: services failed or updates broke beyond the limits; the last checkpoint is whole.
         WorkerError: a worker died more often than `trainer.max_restarts` allows.
     """
-    questions, held_out = training_questions(config.data), validation_questions(config.data)
+    run_config, restarts = config.trainer, 0
+    questions = [] if run_config.val_only else training_questions(config.data)
+    held_out = validation_questions(config.data)
     preflight.check(config, [*questions, *held_out])
-    checkpoints = Checkpoints(config.trainer.folder / "checkpoints", config.trainer.checkpoint)
-    resume, restarts = config.trainer.resume, 0
+    checkpoints = Checkpoints(run_config.folder / "checkpoints", run_config.checkpoint)
     # A validation alone leaves the checkpoints as they are.
-    start = find(resume, checkpoints) if config.trainer.val_only else checkpoints.begin(resume)
+    start = find(run_config.resume, checkpoints) if run_config.val_only else checkpoints.begin(run_config.resume)
     while True:
         run = _Run(config, questions, held_out, checkpoints, start)
         try:
@@ -104,10 +105,10 @@ def train(config: TrainConfig) -> Summary:
                 return run.go(learners, pool)
         except WorkerError as error:
             restarts += 1
-            if restarts > config.trainer.max_restarts:
+            if restarts > run_config.max_restarts:
                 raise
-            logger.warning("%s; restart %d of %d", error, restarts, config.trainer.max_restarts)
-            start = start if config.trainer.val_only else checkpoints.latest() or start
+            logger.warning("%s; restart %d of %d", error, restarts, run_config.max_restarts)
+            start = start if run_config.val_only else checkpoints.latest() or start
 
 
 @contextmanager
@@ -158,7 +159,7 @@ class _Run:
         self.validator = Validator(
             held_out, config.rollout.evaluation(run.seed), run.folder / "validation", self.sentinel
         )
-        if start is not None:
+        if start is not None and not run.val_only:
             self.source.load_state_dict(start.driver["source"])
             self.kl.load_state_dict(start.driver["kl"])
             self.sentinel.load_state_dict(start.driver["sentinel"])

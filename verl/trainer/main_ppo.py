@@ -17,22 +17,22 @@ from verl.errors import SearchAgentError
 from verl.evaluation.journal import write_whole
 from verl.evaluation.report import plot_curves
 from verl.trainer.config import TrainConfig
-from verl.trainer.loop import train
+from verl.trainer.loop import Summary, train
 from verl.trainer.tracking import HISTORY, read_all
 
 logger = logging.getLogger(__name__)
 
 
-def run(config: TrainConfig) -> None:
+def run(config: TrainConfig) -> Summary:
     """Train, then draw the curves; the composed configuration is written beside them. Or only validate."""
     if config.trainer.val_only:
-        train(config)
-        return
+        return train(config)
     folder = config.trainer.folder
     write_whole(folder / "config.yaml", to_yaml(config))
     summary = train(config)
     plot_curves(read_all(folder / HISTORY), folder / "report.png")
     logger.info("trained: %s; curves in %s", asdict(summary), folder / "report.png")
+    return summary
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -140,7 +140,7 @@ def _devices(config: TrainConfig) -> Iterator[str]:
 def _tracking(config: TrainConfig) -> Iterator[str]:
     for backend in config.tracking.backends:
         if importlib.util.find_spec(backend) is None:
-            yield f"tracking.backends names {backend}, which is not installed; run pip install {backend} or leave it out"
+            yield f"tracking.backends names {backend}, which is not installed; pip install {backend}, or leave it out"
 
 
 def _tokenizer(path: str) -> PreTrainedTokenizerBase:

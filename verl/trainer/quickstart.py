@@ -161,7 +161,7 @@ def quickstart(config: QuickstartConfig, train: Train | None = None) -> dict[str
         methods[_ORACLE] = run.oracle(baseline)
         scores = run.scores(methods)
     extra = {
-        "training": trained and trained.value["summary"],
+        **({"training": trained.value["summary"]} if trained is not None else {}),
         "stages": stages.seconds,
         "reused": [done.name for done in stages.done if done.reused],
         "wall_clock": round(time.perf_counter() - started, 1),

@@ -39,11 +39,16 @@ class Done:
 
 
 class Stages:
-    """Runs the stages of one output folder, and remembers each in `{folder}/stages/{name}.json`."""
+    """Runs the stages of one output folder, and remembers each in `{folder}/stages/{name}.json`.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        clock: seconds that only grow.
+    """
+
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.perf_counter) -> None:
         self.done: list[Done] = []
         self._folder = folder
+        self._clock = clock
         self._aside = 0.0
 
     def run(self, name: str, inputs: Any, outputs: Sequence[Path], body: Callable[[], Any]) -> Done:
@@ -71,9 +76,9 @@ class Stages:
                 self._delete(path)
         _write(stamp, _Stamp(wanted))
         logger.info("%s: started", name)
-        self._aside, started = 0.0, time.perf_counter()
+        self._aside, started = 0.0, self._clock()
         value = body()
-        seconds = round(time.perf_counter() - started - self._aside, 3)
+        seconds = round(self._clock() - started - self._aside, 3)
         # Read back, so that a value is the same whether or not the stage is reused.
         _write(stamp, _Stamp(wanted, seconds, value))
         logger.info("%s: %.1f s", name, seconds)
@@ -82,9 +87,9 @@ class Stages:
     @contextmanager
     def aside(self, name: str) -> Iterator[None]:
         """Time work that a stage is the first to need but that serves all; it counts as a stage of its own."""
-        started = time.perf_counter()
+        started = self._clock()
         yield
-        seconds = time.perf_counter() - started
+        seconds = self._clock() - started
         self._aside += seconds
         self._finished(Done(name, "", round(seconds, 3), None))
         logger.info("%s: %.1f s", name, seconds)

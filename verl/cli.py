@@ -1,0 +1,62 @@
+"""The console command `s3`: one name for every entry point. `s3 COMMAND ARGUMENTS` is `python -m MODULE ARGUMENTS`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from verl.typed import nearest
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A module with `main(arguments)`, which returns an exit code or None, and what it does in a few words."""
+
+    module: str
+    help: str
+
+
+COMMANDS: dict[str, Command] = {
+    "quickstart": Command("verl.trainer.quickstart", "the whole pipeline on the embedded world, offline"),
+    "build-index": Command("verl.retrieval.build", "index a corpus"),
+    "serve-retriever": Command("verl.retrieval.server", "serve an index over HTTP"),
+    "serve-generator": Command("generator_llms.host", "serve a frozen generator over vLLM"),
+    "precompute": Command("data_preprocess.rag_cache", "answer questions by naive RAG: round-0 documents and baseline"),
+    "train": Command("verl.trainer.main_ppo", "train a searcher"),
+    "verify-resume": Command(
+        "verl.trainer.verify_resume", "prove that a killed and resumed training equals an unbroken one"
+    ),
+    "collect": Command("verl.evaluation.collect", "gather every question's documents by one method"),
+    "evaluate": Command("verl.evaluation.evaluate", "score collected documents, several methods in one report"),
+}
+
+
+def main(arguments: Sequence[str] | None = None, commands: Mapping[str, Command] = COMMANDS) -> int:
+    """Run one command; its module is imported only then.
+
+    Returns:
+        The exit code: the command's, 0 after `--help`, 2 for a command that does not exist.
+    """
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    if not argv or argv[0] in ("-h", "--help"):
+        sys.stdout.write(usage(commands))
+        return 0 if argv else 2
+    name, *rest = argv
+    if name not in commands:
+        near = nearest(name, list(commands))
+        sys.stderr.write(f"error: unknown command {name!r}; did you mean {near!r}? Commands: {', '.join(commands)}\n")
+        return 2
+    return importlib.import_module(commands[name].module).main(rest) or 0
+
+
+def usage(commands: Mapping[str, Command]) -> str:
+    """Return what `s3 --help` prints."""
+    width = max(map(len, commands))
+    lines = [f"  {name.ljust(width)}  {command.help}" for name, command in commands.items()]
+    return "\n".join(["usage: s3 COMMAND [ARGUMENTS], or s3 COMMAND --help", "", *lines]) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
