@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from verl.config import build, compose, run_entry, to_dict, to_yaml
-from verl.errors import ConfigError
+from verl.errors import ConfigError, ServiceError
 
 
 class Kind(str, Enum):
@@ -265,3 +265,13 @@ def test_errors_of_the_run_itself_propagate(configs: Path) -> None:
 
     with pytest.raises(RuntimeError, match="boom"):
         run_entry("train", Root, [], crash, configs)
+
+
+def test_errors_on_purpose_are_told_without_a_traceback(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(_: Root) -> None:
+        error = ServiceError("the generator ended")
+        error.add_note("its log ends with: out of memory")
+        raise error
+
+    assert run_entry("train", Root, [], fail, configs) == 1
+    assert capsys.readouterr().err == "error: the generator ended\nits log ends with: out of memory\n"

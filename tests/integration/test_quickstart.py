@@ -19,13 +19,17 @@ from verl.records import read_questions
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-METHODS = ["naive_rag", "base_searcher", "base_searcher_sampled", "oracle"]
+METHODS = ["naive_rag", "base_searcher", "base_searcher_sampled", "trained_searcher", "oracle"]
 SIZES = ["world.train=24", "world.validation=8", "world.test=40"]
+TRAINING = ["train.trainer.total_steps=2", "train.data.batch_size=4", "train.rollout.samples=4"]
 
 
 def command(folder: Path) -> list[str]:
     # The hf engine starts in a moment; that both engines agree is shown elsewhere.
-    return [sys.executable, "-m", "verl.trainer.quickstart", f"output={folder}", "train.engine.kind=hf", *SIZES]
+    return [
+        *(sys.executable, "-m", "verl.trainer.quickstart", f"output={folder}"),
+        *("train.engine.kind=hf", *SIZES, *TRAINING),
+    ]
 
 
 def environment() -> dict[str, str]:
@@ -76,6 +80,10 @@ def test_a_killed_run_goes_on_and_a_second_one_reuses_everything(tmp_path: Path)
     report = json.loads((folder / "report.json").read_text())
     assert list(report["methods"]) == METHODS
     assert report["seed"] == 0
+    trained = report["training"]
+    assert (trained["algorithm"], trained["steps"], trained["questions"], trained["trajectories"]) == ("grpo", 2, 8, 32)
+    assert trained["seconds"] > 0
+    assert (folder / "training" / "report.png").stat().st_size > 10_000
     assert all(name in finished.stdout for name in METHODS)
     check_figures(report["methods"])
     check_files(folder)

@@ -67,7 +67,13 @@ def test_validation_is_unfiltered_and_may_be_cut(config: DataConfig) -> None:
 
 @pytest.mark.parametrize(
     ("golds", "expected"),
-    [(("yes",), True), ((" FALSE ",), True), (("Paris", "No"), True), (("Yes, Minister",), False), (("Norway",), False)],
+    [
+        (("yes",), True),
+        ((" FALSE ",), True),
+        (("Paris", "No"), True),
+        (("Yes, Minister",), False),
+        (("Norway",), False),
+    ],
 )
 def test_only_an_exact_yes_or_no_counts(golds: tuple[str, ...], expected: bool) -> None:
     assert is_yes_no(Question("s/1", "q", golds, "s")) is expected
@@ -121,7 +127,7 @@ def test_epochs_and_seeds_have_orders_of_their_own_and_shuffling_can_be_off() ->
 def test_other_questions_or_another_order_are_refused(other: Shuffled) -> None:
     saved = Shuffled(numbered(8), seed=1)
     saved.take(3)
-    with pytest.raises(ConfigError, match="8 questions in another order.*trainer.resume=never"):
+    with pytest.raises(ConfigError, match=r"8 questions in another order.*trainer.resume=never"):
         other.load_state_dict(saved.state_dict())
     assert other.position == 0
 

@@ -106,7 +106,7 @@ def test_weights_cannot_be_published_before_the_trainers_are_connected(pool: Rol
 
 
 def test_a_worker_that_dies_is_one_error_and_what_is_left_can_still_be_closed(pool: RolloutPool) -> None:
-    with pytest.raises(WorkerError, match="rollout worker [01] failed or died"):
+    with pytest.raises(WorkerError, match=r"rollout worker [01] failed or died"):
         pool.collect([question("A"), question("deadly"), question("B")], 1, SAMPLING)
     with pytest.raises(WorkerError, match="has ended"):
         pool.group.call("most_at_a_time")

@@ -159,9 +159,7 @@ def test_dynamic_sampling_gives_up_after_its_draws_and_learns_from_what_there_is
 
 def test_dynamic_sampling_counts_a_question_that_was_drawn_twice_as_two() -> None:
     source, learners = Source("A"), Learners()
-    stepper(
-        alternate, replace(GRPO, dynamic_sampling=3), learners=learners, source=source, questions=2
-    ).run(1)
+    stepper(alternate, replace(GRPO, dynamic_sampling=3), learners=learners, source=source, questions=2).run(1)
     assert source.asked_for == [2], "both draws of the one question fill the step"
     assert learners.batches[0].group_ids.tolist() == [0, 0, 0, 0], "four samples of one question are one group"
 

@@ -138,7 +138,7 @@ _PANELS = (
     _Panel("accuracy (validation: greedy)", ("reward/accuracy", "val/accuracy")),
     _Panel("searches per question", ("env/searches", "val/searches")),
     _Panel("entropy of the policy", ("actor/entropy_loss",)),
-    _Panel("KL to the reference", ("critic/kl",)),
+    _Panel("KL to the reference", ("critic/kl", "actor/kl_loss")),
     _Panel("seconds per stage", ("timing_s/*",)),
 )
 

@@ -77,7 +77,8 @@ class Checkpoints:
     """The checkpoints of one run, in one folder."""
 
     def __init__(self, folder: Path, config: CheckpointConfig) -> None:
-        self._folder = folder
+        # Absolute, because workers that write here may have started in another directory.
+        self._folder = folder.absolute()
         self._config = config
 
     def save(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 from tqdm import tqdm
@@ -24,17 +25,38 @@ from verl.trainer.checkpoint import Checkpoint, Checkpoints, find
 from verl.trainer.config import TrainConfig
 from verl.trainer.data import Shuffled, training_questions, validation_questions
 from verl.trainer.estimate import AlgorithmConfig
-from verl.trainer.rollouts import RolloutPool
+from verl.trainer.rollouts import RolloutPool, Rollouts
 from verl.trainer.sentinel import Sentinel
-from verl.trainer.step import StepConfig, Stepper
+from verl.trainer.step import Learners, StepConfig, Stepper
 from verl.trainer.surroundings import ServiceSurroundings
 from verl.trainer.tracking import Tracker
 from verl.trainer.validate import Validator
 from verl.types import Question
+from verl.workers.engines import EngineConfig
 from verl.workers.train_worker import TrainWorker, TrainWorkerConfig
-from verl.workers.weight_sync import choose_transport
+from verl.workers.weight_sync import Transport, choose_transport
 
 logger = logging.getLogger(__name__)
+
+
+class SavedLearners(Learners, Protocol):
+    """Learners whose state can be written and restored."""
+
+    def save(self, folder: Path) -> None:
+        """Write the shards of models, optimizers, schedules and random states."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Load what `save` wrote."""
+        ...
+
+    def export(self, folder: Path) -> None:
+        """Write the policy in Hugging Face format."""
+        ...
+
+
+Workers = Callable[[TrainConfig], AbstractContextManager[tuple[SavedLearners, Rollouts]]]
+"""Starts what trains and what plays, for the duration of a block; raises WorkerError when a worker dies."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +105,47 @@ class Summary:
     seconds: float
 
 
-def train(config: TrainConfig) -> Summary:
+@contextmanager
+def ray_workers(config: TrainConfig) -> Iterator[tuple[SavedLearners, Rollouts]]:
+    """Run Ray with the training workers and the rollout workers for the duration of the block."""
+    surroundings = ServiceSurroundings(
+        config.model.path, config.search, config.retriever, config.generator, config.reward, config.judge
+    )
+    worker_config = TrainWorkerConfig(
+        actor=config.actor,
+        reference=config.reference if config.uses_reference else None,
+        critic=config.critic if config.algorithm.needs_critic else None,
+        device=config.hardware.device,
+        threads=config.hardware.threads_per_worker,
+        seed=config.trainer.seed,
+    )
+    hardware = config.hardware
+    engine, transport = _engine(config)
+    with cluster(config.ray, hardware), closing(ResourcePool(hardware)) as resources:
+        rollout, in_flight = resources.placed("rollout"), config.rollout.in_flight
+        with closing(RolloutPool.start(engine, surroundings, rollout, in_flight)) as pool:
+            group = WorkerGroup(TrainWorker, (worker_config,), resources.placed("train"))
+            pool.connect(group, transport, hardware)
+            yield RayLearners(group, config.model.path), pool
+
+
+def _engine(config: TrainConfig) -> tuple[EngineConfig, Transport]:
+    """Return the engine as the hardware wants it, and how weights reach it."""
+    hardware = config.hardware
+    if config.engine.kind == "hf":
+        return config.engine, "copy"
+    transport = choose_transport(hardware.device, hardware.colocate)
+    on_gpu = hardware.device == "cuda"
+    engine = replace(
+        config.engine,
+        weight_transfer="file" if transport == "copy" else transport,
+        sleeps=on_gpu and hardware.colocate,
+        tensor_parallel_size=hardware.devices_per_engine if on_gpu else 1,
+    )
+    return engine, transport
+
+
+def train(config: TrainConfig, workers: Workers = ray_workers) -> Summary:
     """Run a whole training, taking it up again from the last checkpoint when a worker dies.
 
     Raises:
@@ -101,7 +163,7 @@ def train(config: TrainConfig) -> Summary:
     while True:
         run = _Run(config, questions, held_out, checkpoints, start)
         try:
-            with _workers(config) as (learners, pool):
+            with workers(config) as (learners, pool):
                 return run.go(learners, pool)
         except WorkerError as error:
             restarts += 1
@@ -109,29 +171,6 @@ def train(config: TrainConfig) -> Summary:
                 raise
             logger.warning("%s; restart %d of %d", error, restarts, run_config.max_restarts)
             start = start if run_config.val_only else checkpoints.latest() or start
-
-
-@contextmanager
-def _workers(config: TrainConfig) -> Iterator[tuple[RayLearners, RolloutPool]]:
-    """Run Ray with the training workers and the rollout workers for the duration of the block."""
-    surroundings = ServiceSurroundings(
-        config.model.path, config.search, config.retriever, config.generator, config.reward, config.judge
-    )
-    worker_config = TrainWorkerConfig(
-        actor=config.actor,
-        reference=config.reference if config.uses_reference else None,
-        critic=config.critic if config.algorithm.needs_critic else None,
-        device=config.hardware.device,
-        threads=config.hardware.threads_per_worker,
-        seed=config.trainer.seed,
-    )
-    hardware = config.hardware
-    with cluster(config.ray, hardware), closing(ResourcePool(hardware)) as resources:
-        rollout, in_flight = resources.placed("rollout"), config.rollout.in_flight
-        with closing(RolloutPool.start(config.engine, surroundings, rollout, in_flight)) as pool:
-            group = WorkerGroup(TrainWorker, (worker_config,), resources.placed("train"))
-            pool.connect(group, choose_transport(hardware.device, hardware.colocate), hardware)
-            yield RayLearners(group, config.model.path), pool
 
 
 class _Run:
@@ -165,7 +204,7 @@ class _Run:
             self.sentinel.load_state_dict(start.driver["sentinel"])
             self.totals = dict(start.driver["totals"])
 
-    def go(self, learners: RayLearners, pool: RolloutPool) -> Summary:
+    def go(self, learners: SavedLearners, pool: Rollouts) -> Summary:
         """Train to the last step, or validate only."""
         run, done = self.config.trainer, 0
         if self.start is not None:
@@ -186,7 +225,7 @@ class _Run:
     def _tracker(self, folder: Path, resume_step: int | None) -> closing[Tracker]:
         return closing(Tracker(folder, self.config.tracking, to_dict(self.config), resume_step))
 
-    def _train(self, done: int, learners: RayLearners, pool: RolloutPool, tracker: Tracker) -> None:
+    def _train(self, done: int, learners: SavedLearners, pool: Rollouts, tracker: Tracker) -> None:
         run = self.config.trainer
         stepper = self._stepper(learners, pool)
         with tqdm(total=run.total_steps, initial=done, desc="training", unit="step") as bar:
@@ -202,7 +241,7 @@ class _Run:
                 if last or _due(step, run.checkpoint.save_freq):
                     self._save(step, metrics, learners)
 
-    def _stepper(self, learners: RayLearners, pool: RolloutPool) -> Stepper:
+    def _stepper(self, learners: SavedLearners, pool: Rollouts) -> Stepper:
         run = self.config.trainer
         return Stepper(
             config=_step_config(self.config),
@@ -214,7 +253,7 @@ class _Run:
             dump=run.folder / "trajectories" if run.dump_trajectories else None,
         )
 
-    def _validate(self, pool: RolloutPool, step: int) -> dict[str, float]:
+    def _validate(self, pool: Rollouts, step: int) -> dict[str, float]:
         with tqdm(total=len(self.validator.questions), desc=f"validating step {step}", unit="question") as bar:
             return self.validator.run(pool, step, bar.update)
 
@@ -222,7 +261,7 @@ class _Run:
         self.totals["trajectories"] += metrics["env/trajectories"]
         self.totals["seconds"] += metrics["timing_s/step"]
 
-    def _save(self, step: int, metrics: Mapping[str, float], learners: RayLearners) -> None:
+    def _save(self, step: int, metrics: Mapping[str, float], learners: SavedLearners) -> None:
         driver = {
             "source": self.source.state_dict(),
             "kl": self.kl.state_dict(),

@@ -30,7 +30,7 @@ from generator_llms.client import GeneratorClient
 from verl.agent.grammar.s3 import S3Grammar
 from verl.agent.protocols import Sampling
 from verl.config import compose, run_entry
-from verl.errors import ConfigError
+from verl.errors import CheckpointError, ConfigError
 from verl.evaluation import collect
 from verl.evaluation.collect import CollectConfig
 from verl.evaluation.collectors import Searcher
@@ -42,6 +42,8 @@ from verl.retrieval.build import build_index
 from verl.retrieval.client import RetrieverClient
 from verl.retrieval.corpus import Corpus
 from verl.single_controller.cluster import RayConfig
+from verl.trainer import main_ppo
+from verl.trainer.checkpoint import Checkpoints
 from verl.trainer.config import TrainConfig
 from verl.trainer.quickstart_services import Endpoints, QuickstartServices, Served
 from verl.trainer.stages import Done, Stages
@@ -382,8 +384,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_entry("quickstart", QuickstartConfig, sys.argv[1:] if arguments is None else arguments, _main)
 
 
+def train_searcher(config: TrainConfig) -> Trained:
+    """Train as `verl.trainer.main_ppo` does; the searcher is the last checkpoint's export."""
+    summary = main_ppo.run(config)
+    last = Checkpoints(config.trainer.folder / "checkpoints", config.trainer.checkpoint).latest()
+    if last is None:
+        raise CheckpointError(f"the training left no checkpoint in {config.trainer.folder}; its log says why")
+    return Trained(last.export, asdict(summary))
+
+
 def _main(config: QuickstartConfig) -> None:
-    report = quickstart(config)
+    report = quickstart(config, train_searcher)
     sys.stdout.write(f"\n{plain(table(report['methods']))}\n{plain(stage_table(report['stages']))}\n")
     sys.stdout.write(f"{config.output / 'report.json'} and report.md hold these figures.\n")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -53,10 +53,12 @@ class RolloutPool:
 
     Attributes:
         in_flight: trajectories that one worker holds at a time.
+        sleeps: engines share their devices with the training and give the memory back between rollouts.
     """
 
     group: WorkerGroup
     in_flight: int
+    sleeps: bool = False
     _version: int = field(default=0, init=False)
     _train: WorkerGroup | None = field(default=None, init=False)
     _transport: Transport = field(default="copy", init=False)
@@ -72,7 +74,7 @@ class RolloutPool:
         """
         group = WorkerGroup(RolloutWorker, (engine, surroundings), placed, timeout=START_SECONDS)
         group.call("start")
-        return cls(group, in_flight)
+        return cls(group, in_flight, engine.sleeps)
 
     def collect(
         self,
@@ -89,6 +91,12 @@ class RolloutPool:
         Raises:
             WorkerError: a worker died or failed.
         """
+        with self._on_the_device():
+            return self._collect(questions, samples, sampling, progress)
+
+    def _collect(
+        self, questions: Sequence[Question], samples: int, sampling: Sampling, progress: Progress | None
+    ) -> list[list[Sample]]:
         waiting = iter(enumerate(questions))
         groups_each = max(1, self.in_flight // samples)
         running: dict[Any, tuple[int, int]] = {}
@@ -120,8 +128,23 @@ class RolloutPool:
         """
         if self._train is None:
             raise RuntimeError("publish before connect; connect the training workers first")
+        if self.sleeps:
+            self.group.call("wake", ["weights"])
         sync.publish(self._train, self.group, self._transport, version)
+        if self.sleeps:
+            self.group.call("sleep")
         self._version = version
+
+    @contextmanager
+    def _on_the_device(self) -> Iterator[None]:
+        """Where engines and training share devices, let the engines have the memory for the duration of the block."""
+        if not self.sleeps or self._train is None:
+            yield
+            return
+        self._train.call("sleep")
+        self.group.call("wake", ["weights", "kv_cache"])
+        yield
+        self.group.call("sleep")
 
     @property
     def version(self) -> int:

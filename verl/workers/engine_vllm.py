@@ -12,12 +12,14 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from vllm import SamplingParams
+from vllm.config import WeightTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError
 from vllm.outputs import CompletionOutput
@@ -36,6 +38,7 @@ from verl.workers.engines import (
     torch_dtype,
     why_not_updatable,
 )
+from verl.workers.weight_sync import WeightReceiver
 
 _SHARED_MEMORY = Path("/dev/shm")
 _CLOSED = "the vLLM engine is closed; create another one"
@@ -119,6 +122,47 @@ class VLLMEngine:
                 raise EngineError(f"{self._unusable}: {error}") from error
         await self._llm.resume_generation()
 
+    async def connect_trainer(self, init_info: dict[str, Any]) -> None:
+        """Join the trainer's transfer group; needs `weight_transfer` ipc or nccl. See `WeightReceiver`."""
+        await self._receiver.connect_trainer(init_info)
+
+    async def start_weight_update(self) -> None:
+        """Wait until no generation runs, hold off new ones, and make ready to receive."""
+        self._updating = self._gate.update()
+        await self._updating.__aenter__()
+        self._unusable = "a weight update from the trainer did not finish; create the engine anew"
+        await self._receiver.start_weight_update()
+
+    async def receive_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
+        """Receive what the trainer sends now."""
+        await self._receiver.receive_weights(update_info)
+
+    async def finish_weight_update(self) -> None:
+        """Put the received weights into use and let generations go on."""
+        await self._receiver.finish_weight_update()
+        self._unusable = ""
+        await self._updating.__aexit__(None, None, None)
+
+    def set_weight_version(self, version: int) -> None:
+        """Say which version the received weights are."""
+        self.weight_version = version
+
+    async def sleep(self) -> None:
+        """Give the GPU memory back; the weights rest on the CPU. Does nothing unless created with `sleeps`."""
+        if self.config.sleeps:
+            await self._llm.sleep(level=1, mode="wait")
+
+    async def wake(self, what: Sequence[str]) -> None:
+        """Take the memory back for `what`: `weights` before an update, `kv_cache` too before generating."""
+        if self.config.sleeps:
+            await self._llm.wake_up(tags=list(what))
+
+    @cached_property
+    def _receiver(self) -> WeightReceiver:
+        if self.config.weight_transfer == "file":
+            raise EngineError("engine.weight_transfer=file receives through update_weights; create it with ipc or nccl")
+        return WeightReceiver(self._llm)
+
     async def close(self) -> None:
         """Stop vLLM's processes; may be called again."""
         self._unusable = self._unusable or _CLOSED
@@ -153,8 +197,16 @@ def _arguments(config: EngineConfig, on_cpu: bool) -> AsyncEngineArgs:
         seed=config.seed,
         logprobs_mode="processed_logprobs",
         worker_extension_cls="verl.workers.vllm_extension.WeightReload",
+        enable_sleep_mode=config.sleeps,
+        **_transfer(config),
         disable_log_stats=True,
     )
+
+
+def _transfer(config: EngineConfig) -> dict[str, Any]:
+    if config.weight_transfer == "file":
+        return {}
+    return {"weight_transfer_config": WeightTransferConfig(backend=config.weight_transfer)}
 
 
 def _set_environment(config: EngineConfig) -> None:
@@ -164,6 +216,9 @@ def _set_environment(config: EngineConfig) -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if config.weight_transfer == "ipc":
+        # CUDA IPC handles travel pickled, between processes that we started.
+        os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     if Path(config.model).is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -34,6 +34,9 @@ class EngineConfig:
         enforce_eager: no CUDA graphs; always so on a CPU.
         kv_cache_gib: vLLM's key-value cache on a CPU, in GiB.
         device: of the hf engine; "auto" is CUDA where there is one.
+        weight_transfer: how vLLM gets new weights: `file` in shared memory, or from GPU to GPU by its own `ipc` or
+            `nccl` engine; the trainer sets it by the hardware.
+        sleeps: vLLM can give its GPU memory back between rollouts (colocated training sets it).
     """
 
     model: str
@@ -48,6 +51,8 @@ class EngineConfig:
     kv_cache_gib: int = 1
     device: str = "auto"
     seed: int = 0
+    weight_transfer: Literal["file", "ipc", "nccl"] = "file"
+    sleeps: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "tensor_parallel_size", "kv_cache_gib"):

@@ -10,14 +10,19 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from verl.agent import loop
 from verl.agent.grammar.base import Grammar
 from verl.agent.protocols import Sampling, Search
+from verl.errors import EngineError
 from verl.types import Question, RewardOutcome, SearchResult, Trajectory
 from verl.workers.engines import EngineConfig, RolloutEngine, create_engine
+
+if TYPE_CHECKING:
+    from verl.workers.engine_vllm import VLLMEngine
 
 Score = Callable[[Trajectory], Awaitable[RewardOutcome]]
 
@@ -72,6 +77,34 @@ class RolloutWorker:
         await self._ready[0].update_weights(pairs, version)
         return version
 
+    async def connect_trainer(self, init_info: dict[str, Any]) -> None:
+        """Join the trainer's GPU transfer group; this and the next four are vLLM's, see `VLLMEngine`."""
+        await self._transferring.connect_trainer(init_info)
+
+    async def start_weight_update(self) -> None:
+        """Hold off generations and make ready to receive."""
+        await self._transferring.start_weight_update()
+
+    async def receive_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
+        """Receive what the trainer sends now."""
+        await self._transferring.receive_weights(update_info)
+
+    async def finish_weight_update(self) -> None:
+        """Put the received weights into use."""
+        await self._transferring.finish_weight_update()
+
+    async def set_weight_version(self, version: int) -> None:
+        """Say which version the received weights are."""
+        self._transferring.set_weight_version(version)
+
+    async def sleep(self) -> None:
+        """Give the device's memory back to the trainer until `wake`."""
+        await self._transferring.sleep()
+
+    async def wake(self, what: Sequence[str]) -> None:
+        """Take memory for `what`: `weights`, `kv_cache`."""
+        await self._transferring.wake(what)
+
     async def weight_version(self) -> int:
         """Return the version of the weights that sample now."""
         return self._ready[0].weight_version
@@ -82,6 +115,15 @@ class RolloutWorker:
             await self._surroundings.close()
         if self._engine is not None:
             await self._engine.close()
+
+    @property
+    def _transferring(self) -> VLLMEngine:
+        from verl.workers.engine_vllm import VLLMEngine  # only a machine with vLLM gets here
+
+        engine = self._ready[0]
+        if not isinstance(engine, VLLMEngine):
+            raise EngineError(f"engine.kind={self._config.kind} cannot share a GPU's weights; use vllm, or copy them")
+        return engine
 
     @property
     def _ready(self) -> tuple[RolloutEngine, Surroundings]:
