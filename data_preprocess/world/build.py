@@ -38,6 +38,13 @@ class WorldConfig:
     test: int = 400
     two_hop: float = 0.6
 
+    def __post_init__(self) -> None:
+        for split in ("train", "validation", "test"):
+            if getattr(self, split) < 1:
+                raise ValueError(f"{split}={getattr(self, split)}; expected at least 1 question")
+        if not 0 <= self.two_hop <= 1:
+            raise ValueError(f"two_hop={self.two_hop}; expected a share in [0, 1]")
+
 
 @dataclass(frozen=True)
 class WorldFiles:

@@ -10,6 +10,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from verl.errors import ConfigError
 from verl.types import Document, Question
 
 # Passage wording -> wording that only questions use (a question in other words than the passage).
@@ -93,7 +94,10 @@ class World:
         """Draw `count` distinct questions, the share `two_hop` of them 2-hop, shuffled.
 
         A 2-hop question names the subject only; the bridge entity must be found. Chains that return to the subject
-        are left out, and so is a 2-hop question whose answer is the bridge.
+        are left out.
+
+        Raises:
+            ConfigError: the world holds fewer questions.
         """
         one, two = self._chains()
         rng = random.Random(seed)
@@ -101,7 +105,10 @@ class World:
         rng.shuffle(two)
         wanted_two = round(count * two_hop)
         if wanted_two > len(two) or count - wanted_two > len(one):
-            raise ValueError(f"asked for {count} questions; this world holds {len(one)} 1-hop and {len(two)} 2-hop")
+            raise ConfigError(
+                f"asked for {count - wanted_two} 1-hop and {wanted_two} 2-hop {split} questions; this world holds "
+                f"{len(one)} and {len(two)}; ask for fewer, or change the share of 2-hop ones (two_hop={two_hop})"
+            )
         chosen = two[:wanted_two] + one[: count - wanted_two]
         rng.shuffle(chosen)
         return [

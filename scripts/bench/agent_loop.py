@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import statistics
 import sys
 import tempfile
 import time
@@ -42,9 +43,12 @@ class InProcessSearch:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.seconds = 0.0
+        self.latency = 0.0
 
     async def __call__(self, queries: Sequence[str], topk: int) -> list[SearchResult]:
-        """Search, blocking: the world's corpus takes a fraction of a millisecond."""
+        """Search, blocking: the world's corpus takes a fraction of a millisecond; then wait out the latency."""
+        if self.latency:
+            await asyncio.sleep(self.latency)
         began = time.perf_counter()
         results = self.engine.search(queries, topk)
         self.seconds += time.perf_counter() - began
@@ -130,6 +134,20 @@ async def measure(engine: RolloutEngine, setting: Setting) -> str:
     )
 
 
+async def measure_latency(engine: RolloutEngine, setting: Setting, latency: float, repetitions: int = 3) -> str:
+    """Time the loop with a retriever that answers at once and one that takes `latency` seconds, in turns."""
+    rates: dict[float, list[float]] = {0.0: [], latency: []}
+    for setting.search.latency in [0.0, latency] * repetitions:
+        calls, seconds = await play(engine, setting)
+        rates[setting.search.latency].append(sum(call.tokens for call in calls) / seconds)
+    at_once, late = (statistics.median(rates[key]) for key in (0.0, latency))
+    return (
+        f"  retriever at once        {at_once:>10.0f} tokens/s (median of {repetitions})\n"
+        f"  retriever {1000 * latency:4.0f} ms later  {late:>10.0f} tokens/s\n"
+        f"  loss                     {1 - late / at_once:>10.1%}\n"
+    )
+
+
 def world_setting(folder: Path, config: EngineConfig, questions: int) -> Setting:
     """Write the world and its index into `folder`; give the first test questions their round-0 documents."""
     files = build(WorldConfig(test=questions), folder)
@@ -154,13 +172,14 @@ def world_setting(folder: Path, config: EngineConfig, questions: int) -> Setting
     return Setting(grammar, InProcessSearch(bm25), tokenizer, asked, config.max_num_seqs)
 
 
-async def bench(config: EngineConfig, questions: int) -> str:
+async def bench(config: EngineConfig, questions: int, latency: float) -> str:
     """Start the engine, measure, stop it."""
     with tempfile.TemporaryDirectory() as folder:
         setting = world_setting(Path(folder), config, questions)
         engine = create_engine(config)
         try:
-            return await measure(engine, setting)
+            loop_cost = await measure(engine, setting)
+            return loop_cost + (await measure_latency(engine, setting, latency) if latency else "")
         finally:
             await engine.close()
 
@@ -173,12 +192,13 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=256)
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--context", type=int, default=1000, help="longest prompt plus trajectory, in tokens")
+    parser.add_argument("--latency_ms", type=float, default=100.0, help="of a slow retriever to compare with; 0: none")
     args = parser.parse_args()
     logging.getLogger("verl").setLevel(logging.ERROR)
     config = EngineConfig(
         args.model, args.engine, args.dtype, max_model_len=args.context, max_num_seqs=args.concurrency
     )
-    sys.stdout.write(asyncio.run(bench(config, args.questions)))
+    sys.stdout.write(asyncio.run(bench(config, args.questions, args.latency_ms / 1000)))
 
 
 if __name__ == "__main__":

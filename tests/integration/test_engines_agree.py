@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
 import torch
-from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2ForCausalLM
 
+from data_preprocess.world import language
 from data_preprocess.world.language import World, names
-from tests.workers.tiny import save, teach, tiny_model, tiny_tokenizer
+from tests.workers.tiny import teach
 from verl.agent.grammar.s3 import S3Config, S3Grammar
 from verl.agent.loop import gather
 from verl.agent.protocols import Sampling
@@ -23,6 +25,7 @@ from verl.workers.sampler import RowSampling, processed_logprobs
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module")]
 
+SEARCHER = Path(language.__file__).parent / "checkpoints" / "searcher"
 QUESTIONS = 50
 WORLD = World.generate(seed=5, entities=names(60))
 GRAMMAR = S3Grammar(
@@ -83,7 +86,7 @@ class Pair:
 
 
 def taught(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
-    """A tiny searcher that has overfitted to a few ways of playing: search and select, stop at once, say nothing."""
+    """The packaged searcher, overfitted to a few ways of playing: search and select, stop at once, say nothing."""
     said = [
         ['<query>{"query": "mentor of NAME"}</query>', "<important_info>[1]</important_info>\n", "DONE"],
         ["<search_complete>False</search_complete>", '\n<query>{"query": "rival of NAME"}</query>', "DONE"],
@@ -105,17 +108,16 @@ def taught(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
                 block = tokenizer.encode(GRAMMAR.observation_text(SEARCH.rank(text, 2).documents))
                 ids, learned = ids + block, learned + [False] * len(block)
         lessons.append((ids, learned))
-    model = tiny_model(tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(SEARCHER, dtype=torch.float32)
     teach(model, lessons, steps=40)
     return model
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def pair(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pair]:
-    tokenizer = tiny_tokenizer()
+async def pair() -> AsyncIterator[Pair]:
+    tokenizer = AutoTokenizer.from_pretrained(SEARCHER)
     model = taught(tokenizer)
-    folder = save(tmp_path_factory.mktemp("searcher"), model, tokenizer)
-    config = {"model": folder, "dtype": "float32", "max_model_len": 1024}
+    config = {"model": str(SEARCHER), "dtype": "float32", "max_model_len": 1024}
     vllm = create_engine(EngineConfig(kind="vllm", **config))
     yield Pair(create_engine(EngineConfig(kind="hf", **config)), vllm, model, tokenizer)
     await vllm.close()  # closing twice is allowed
@@ -137,6 +139,12 @@ def assert_agree(ours: Sequence[Trajectory], theirs: Sequence[Trajectory]) -> No
         for a, b in zip(one.segments, other.segments, strict=True):
             assert a.logprobs == pytest.approx(b.logprobs, abs=1e-3)
             assert a.weight_version == b.weight_version
+
+
+async def test_the_packaged_searcher_plays_alike(pair: Pair) -> None:
+    ours, theirs = await play(pair.hf, pair.tokenizer), await play(pair.vllm, pair.tokenizer)
+    assert_agree(ours, theirs)
+    assert all(t.stop is Stop.FINISHED for t in ours)
 
 
 async def test_greedy_trajectories_agree(pair: Pair) -> None:
