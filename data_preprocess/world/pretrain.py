@@ -193,8 +193,7 @@ def fill(draw: Callable[[], Lesson], tokens: int) -> list[Lesson]:
 
 
 def save_model(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write a Hugging Face checkpoint in bfloat16."""
+    """Write a Hugging Face checkpoint: weights in bfloat16, which halves it; its config says float32 to compute in."""
     copy = {name: tensor.detach().to(torch.bfloat16) for name, tensor in model.state_dict().items()}
-    model.config.dtype = torch.bfloat16
     model.save_pretrained(folder, state_dict=copy)
     tokenizer.save_pretrained(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -17,10 +18,12 @@ from data_preprocess.world.lessons import Lesson, LessonMaker, chains, draw_fact
 from data_preprocess.world.tokenizer import train_tokenizer
 from generator_llms import prompts
 from verl.agent import loop
-from verl.agent.grammar.s3 import S3Config, S3Grammar
+from verl.agent.grammar.s3 import S3Grammar
 from verl.agent.protocols import Generation, Sampling
+from verl.config import compose
 from verl.records import parse_documents
 from verl.rewards.text import span_match
+from verl.trainer.config import TrainConfig
 from verl.types import Document, Question, Role, SearchResult, Stop, Trajectory
 
 CHECKPOINTS = Path(lessons.__file__).parent / "checkpoints"
@@ -231,8 +234,6 @@ def test_chains_are_read_off_the_facts() -> None:
 
 
 def test_lessons_hold_chains_because_objects_are_often_subjects() -> None:
-    import random
-
     rng = random.Random(0)
     subjects = ["A", "B", "C", "D", "E"]
     objects = [value for _ in range(200) for about in draw_facts(rng, subjects).values() for value in about.values()]
@@ -252,16 +253,14 @@ def test_the_committed_tokenizers_are_the_trained_one_however_they_are_loaded(
         assert loaded.encode(text, add_special_tokens=False) == lesson.ids
         assert loaded.decode(lesson.ids) == text
     messages = [{"role": "user", "content": "Who is the heir of Bana?"}]
-    rendered = [t.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) for t in (tokenizer, loaded)]
+    rendered = [
+        t.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) for t in (tokenizer, loaded)
+    ]
     assert rendered[0] == rendered[1]
     assert (loaded.eos_token_id, loaded.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
 def test_the_lessons_protocol_is_the_gates_and_the_quickstarts() -> None:
-    from verl.config import compose
-    from verl.trainer.config import TrainConfig
-
     recipe = compose("train", ["recipe=quickstart"], TrainConfig).search
     assert recipe == gate.SEARCH
     assert (recipe.topk, recipe.max_selected, recipe.max_turns) == (3, 3, 3)
-    assert S3Config(topk=3, prompt="compact").prompt == recipe.prompt

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -44,9 +43,12 @@ class TrainingWorld:
     generator: Service
 
     def overrides(self, folder: Path, *more: str) -> list[str]:
-        """Return a training of a few seconds into `folder`; `more` wins."""
+        """Return the quickstart's training, made as small as `sizes`; `more` wins."""
+        return ["recipe=quickstart", *self.sizes(folder), *more]
+
+    def sizes(self, folder: Path) -> list[str]:
+        """Return what makes any recipe for the embedded world a training of a few seconds into `folder`."""
         return [
-            "recipe=quickstart",
             f"data.train={self.files.questions('train')}",
             f"data.validation={self.files.questions('validation')}",
             "data.drop_rag_correct=false",
@@ -65,7 +67,6 @@ class TrainingWorld:
             "trainer.val_before_train=false",
             "trainer.test_freq=0",
             "trainer.checkpoint.save_freq=1",
-            *more,
         ]
 
     def command(self, folder: Path, *more: str) -> list[str]:
@@ -163,11 +164,6 @@ def outage(service: Service) -> None:
 def workers(kind: str, above: int) -> list[int]:
     """Return the process ids of the Ray workers that descend from process `above` and are titled `kind`."""
     return [pid for pid in _descendants(above) if _title(pid).partition(".")[0] == f"ray::{kind}"]
-
-
-def kill_9(pid: int) -> None:
-    """End a process that has no say in it."""
-    os.kill(pid, signal.SIGKILL)
 
 
 def _descendants(above: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, replace
@@ -135,12 +136,10 @@ def _engine(config: TrainConfig) -> tuple[EngineConfig, Transport]:
     if config.engine.kind == "hf":
         return config.engine, "copy"
     transport = choose_transport(hardware.device, hardware.colocate)
-    on_gpu = hardware.device == "cuda"
     engine = replace(
         config.engine,
         weight_transfer="file" if transport == "copy" else transport,
-        sleeps=on_gpu and hardware.colocate,
-        tensor_parallel_size=hardware.devices_per_engine if on_gpu else 1,
+        sleeps=hardware.device == "cuda" and hardware.colocate,
     )
     return engine, transport
 
@@ -254,8 +253,10 @@ class _Run:
         )
 
     def _validate(self, pool: Rollouts, step: int) -> dict[str, float]:
+        began = time.perf_counter()
         with tqdm(total=len(self.validator.questions), desc=f"validating step {step}", unit="question") as bar:
-            return self.validator.run(pool, step, bar.update)
+            metrics = self.validator.run(pool, step, bar.update)
+        return metrics | {"val/seconds": time.perf_counter() - began}
 
     def _count(self, metrics: Mapping[str, float]) -> None:
         self.totals["trajectories"] += metrics["env/trajectories"]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -172,6 +173,8 @@ def quickstart(config: QuickstartConfig, train: Train | None = None) -> dict[str
         "engine": recipe.engine.kind,
         "device": recipe.hardware.device,
     }
+    if trained is not None:
+        shutil.copyfile(files.training / "report.png", config.output / "report.png")
     return write_report(config.output, scores.value, config.seed, extra)
 
 
