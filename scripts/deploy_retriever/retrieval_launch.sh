@@ -2,11 +2,12 @@
 # Serve a dense index (e5) on port 3000.
 #   INDEX_PATH=indexes/e5 CORPUS_PATH=data/wiki-18.jsonl bash scripts/deploy_retriever/retrieval_launch.sh [--topk 8 ...]
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../env.sh"
 
 : "${INDEX_PATH:?set it to the folder that verl.retrieval.build wrote}"
 : "${CORPUS_PATH:?set it to the jsonl corpus that the index was built from}"
 
-exec "${PYTHON:-python}" -m verl.retrieval.server \
+exec "$PYTHON" -m verl.retrieval.server \
   --index_path "$INDEX_PATH" \
   --corpus_path "$CORPUS_PATH" \
   --retriever_name "${RETRIEVER_NAME:-e5}" \

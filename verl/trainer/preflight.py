@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from verl.algorithms.kl import MAX_ERROR
-from verl.errors import ConfigError
+from verl.errors import ConfigError, DataError
 from verl.rewards.registry import Scorer
 from verl.trainer.config import TrainConfig
 from verl.types import Question
@@ -24,14 +24,17 @@ def check(config: TrainConfig, questions: Sequence[Question]) -> None:
         questions: training and validation questions.
 
     Raises:
-        ConfigError: every problem found, each with its fix, in one message.
-        DataError: a question lacks what the reward needs, for example its baseline.
+        ConfigError: every problem found, each with its fix, in one message; or, where the settings are fine, what the
+            questions lack for the configured reward, for example their baseline.
     """
     checks = (_batches, _groups, _kl, _sampling, _lengths, _engine, _devices, _tracking)
     problems = [problem for find in checks for problem in find(config)]
     if problems:
         raise ConfigError("; also: ".join(problems))
-    Scorer(config.reward, _never).validate(questions)
+    try:
+        Scorer(config.reward, _never).validate(questions)
+    except DataError as cause:
+        raise ConfigError(f"data.train and data.validation do not fit the reward: {cause}") from cause
 
 
 async def _never(*_: object) -> object:
