@@ -13,7 +13,7 @@ import torch
 from tests.trainer.fakes import question
 from tests.workers.tiny import tiny_model, tiny_tokenizer
 from verl.config import compose
-from verl.errors import ConfigError, DataError
+from verl.errors import ConfigError
 from verl.trainer import preflight
 from verl.trainer.config import RolloutConfig, RunConfig, TrainConfig
 from verl.types import Baseline, Question
@@ -148,7 +148,7 @@ def test_a_tracker_that_is_not_installed(model: Path) -> None:
 
 
 def test_a_question_without_its_baseline(model: Path) -> None:
-    with pytest.raises(DataError, match=r"1 of 3 questions have no naive-RAG baseline.*world/C.*precompute"):
+    with pytest.raises(ConfigError, match=r"1 of 3 questions have no naive-RAG baseline.*world/C.*precompute"):
         preflight.check(composed(model), [*ASKED, question("C")])
 
 
