@@ -4,6 +4,10 @@
 
 Both share one pretraining. The generator is what it ends with; the base searcher is tuned on from it, with
 demonstrations of mixed quality, so that reinforcement learning has something to win.
+
+The committed checkpoints: seed 0, one core, about 10,500 tokens/s; 11, 25 and 4 minutes for the three pretraining
+stages, 3 for the demonstrations. Their first two stages ran before the tokenizer split a digit from the space before
+it, as AutoTokenizer makes every Qwen2 checkpoint do; the third stage adapted them to it.
 """
 
 from __future__ import annotations

@@ -57,6 +57,11 @@ def rolled_out(folder: Path, step: int) -> bool:
     return (folder / "trajectories" / f"step_{step:06d}.jsonl").exists()
 
 
+def saved(folder: Path, step: int) -> bool:
+    """Whether the checkpoint of `step` is there."""
+    return (folder / "checkpoints" / f"step_{step:06d}").exists()
+
+
 def assert_none_lost(folder: Path, steps: int) -> None:
     """Every trajectory of every step was searched and scored as if nothing had happened."""
     rows = history(folder)
@@ -144,13 +149,13 @@ class TestServices:
 
         world.mend()
         with training(world, tmp_path, *impatient) as ended:
-            wait_for(lambda: rolled_out(tmp_path, stopped_at + 1))
+            wait_for(lambda: saved(tmp_path, stopped_at + 1))
             world.generator.stop()
             assert ended() == 1
         message = capsys.readouterr().err
         assert f"generator at {world.generator.url}/v1 failed" in message
         assert "Connection error" in message
-        # The resumed run took at least the step in which the first one had stopped.
+        # The second run went on from the first one's checkpoint, through the step in which that had stopped.
         assert self.assert_whole(tmp_path) > stopped_at
 
     def assert_whole(self, folder: Path) -> int:
@@ -197,9 +202,9 @@ class TestProcesses:
     def test_killed_workers(self, world: TrainingWorld, tmp_path: Path) -> None:
         log = tmp_path / "log"
         with log.open("wb") as stream, self.started(world, tmp_path, stream, "trainer.max_restarts=2") as run:
-            wait_for(lambda: (tmp_path / "checkpoints" / "step_000001").exists())
+            wait_for(lambda: saved(tmp_path, 1))
             self.kill(run.pid, "_Host")
-            wait_for(lambda: (tmp_path / "checkpoints" / "step_000002").exists())
+            wait_for(lambda: saved(tmp_path, 2))
             self.kill(run.pid, "_AsyncHost")
             assert run.wait(300) == 0
         text = log.read_text()
