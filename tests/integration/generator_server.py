@@ -1,6 +1,6 @@
 """A frozen generator that starts in seconds: a packaged tiny model behind the part of OpenAI's API that clients use.
 
-    python -m tests.integration.generator_server --model FOLDER --port 8000
+python -m tests.integration.generator_server --model FOLDER --port 8000
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What goes wrong in long trainings, done to real ones: services and workers die, gradients break, settings are wrong."""
+"""What goes wrong in long trainings, done to real ones: services and workers die, updates break, settings are wrong."""
 
 from __future__ import annotations
 
@@ -134,9 +134,7 @@ class TestServices:
             assert ended() == 0
         assert_none_lost(tmp_path, 3)
 
-    def test_neither_comes_back(
-        self, world: TrainingWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_neither_comes_back(self, world: TrainingWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         impatient = ["trainer.total_steps=4", "retriever.retry_window_s=0.5", "generator.retry_window_s=0.5"]
         with training(world, tmp_path, *impatient) as ended:
             wait_for(lambda: rolled_out(tmp_path, 1))
@@ -213,21 +211,21 @@ class TestProcesses:
         latest = checkpoints(tmp_path).latest()
         assert latest is not None and latest.step == 3
 
-    def test_kill_9_while_a_checkpoint_is_written(self, world: TrainingWorld, tmp_path: Path) -> None:
+    def test_kill_9_while_a_checkpoint_is_written(self, ray: None, world: TrainingWorld, tmp_path: Path) -> None:
         partial = tmp_path / "checkpoints" / ".step_000002.partial"
         with (tmp_path / "log").open("wb") as stream, self.started(world, tmp_path, stream) as run:
-            wait_for(partial.exists)
+            wait_for(partial.exists, every=0.005)
+            orphans = [*workers("_Host", run.pid), *workers("_AsyncHost", run.pid)]
             run.kill()
         assert partial.exists()
+        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in orphans), 60)
         latest = checkpoints(tmp_path).latest()
         assert latest is not None and latest.step == 1
         assert main_ppo.main(world.overrides(tmp_path, "trainer.total_steps=3")) == 0
         assert_none_lost(tmp_path, 3)
 
     @contextmanager
-    def started(
-        self, world: TrainingWorld, folder: Path, log: object, *more: str
-    ) -> Iterator[subprocess.Popen[bytes]]:
+    def started(self, world: TrainingWorld, folder: Path, log: object, *more: str) -> Iterator[subprocess.Popen[bytes]]:
         """Train for three steps in a process of its own."""
         command = world.command(folder, "trainer.total_steps=3", *more)
         with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=log, stderr=log) as run:  # type: ignore

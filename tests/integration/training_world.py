@@ -134,8 +134,8 @@ def history(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 240.0) -> None:
-    """Wait until the condition holds.
+def wait_for(condition: Callable[[], bool], seconds: float = 240.0, every: float = 0.05) -> None:
+    """Wait until the condition holds, looking every so many seconds.
 
     Raises:
         TimeoutError: it does not.
@@ -144,7 +144,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 240.0) -> None:
     while not condition():
         if time.monotonic() > end:
             raise TimeoutError(f"nothing came of it within {seconds:g} s")
-        time.sleep(0.05)
+        time.sleep(every)
 
 
 def outage(service: Service) -> None:
@@ -188,6 +188,7 @@ def _title(pid: int) -> str:
         return ""
 
 
-def finished(command: list[str]) -> subprocess.CompletedProcess[str]:
+def finished(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, whatever that is."""
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400)
+    env = environment() | variables
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)

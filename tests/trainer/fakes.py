@@ -75,6 +75,10 @@ class Source:
         self.taken: list[str] = []
         self.asked_for: list[int] = []
 
+    def state_dict(self) -> dict[str, int]:
+        """How many questions were taken."""
+        return {"taken": len(self.taken)}
+
     def take(self, count: int) -> list[Question]:
         """Return the next questions."""
         self.asked_for.append(count)

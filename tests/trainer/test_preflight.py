@@ -73,6 +73,11 @@ def test_published_recipes_run_on_the_embedded_world_by_one_override(model: Path
         (["reference.temperature=0.5"], "reference.temperature=0.5 differs", "make them equal"),
         (["engine.max_model_len=512"], "exceeds engine.max_model_len=512", "raise the engine's"),
         (["engine.max_model_len=4096"], "exceeds the 1024 positions", "take a model with a longer context"),
+        (
+            ["hardware.device=cuda", "rollout.mode=async"],
+            "rollout.mode=async rolls out while it trains",
+            "set hardware.colocate=false",
+        ),
         (["engine.model=elsewhere"], "engine.model=elsewhere differs", "set model.path alone"),
     ],
 )

@@ -292,3 +292,18 @@ def test_scores_keep_their_order_through_the_batch() -> None:
     totals = [row[mask][0].item() for row, mask in zip(batch.returns, batch.action_mask, strict=True)]
     assert totals == pytest.approx([0, 1, 10, 11, 20, 21])
     assert torch.equal(batch.action_mask.sum(dim=1), torch.tensor([1, 2, 3, 4, 5, 6]))
+
+
+def test_one_step_off_learns_from_samples_one_version_old() -> None:
+    played: list[Pool] = []
+
+    def play(asked: Question, k: int) -> Sample:
+        return sample(float(k % 2), asked, turns=[turn(version=played[0].version)])
+
+    learners, source = Learners(), Source()
+    config = StepConfig(3, 2, SAMPLING, GRPO, uses_reference=False, pad_id=0, mode="one_step_off", last_step=3)
+    played.append(Pool(play, learners.calls))
+    made = Stepper(config, source, played[0], learners, FixedKLController(0.1), Sentinel(SentinelConfig()))
+    assert [made.run(step)["rollout/staleness"] for step in (1, 2, 3)] == [0.0, 1.0, 1.0]
+    assert source.taken == [f"Q{n}" for n in range(9)]
+    assert learners.calls[-1] == "publish 3"

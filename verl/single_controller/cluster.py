@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 
+from verl.errors import ConfigError
 from verl.single_controller.placement import HardwareConfig
 
 _QUIET = {
@@ -43,21 +44,31 @@ class RayConfig:
 
 @contextmanager
 def cluster(config: RayConfig, hardware: HardwareConfig) -> Iterator[None]:
-    """Run Ray for the duration of the block, or use the one that runs already and leave it running."""
+    """Run Ray for the duration of the block, or use the one that runs already and leave it running.
+
+    Raises:
+        ConfigError: there is no Ray at `config.address`.
+    """
     if ray.is_initialized():
         yield
         return
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     local = {} if config.address else _local_settings(config, hardware)
-    ray.init(
-        address=config.address,
-        configure_logging=True,
-        logging_level=logging.WARNING,
-        log_to_driver=config.log_to_driver,
-        runtime_env={"env_vars": {**_QUIET, **config.environment}},
-        **local,
-    )
+    try:
+        ray.init(
+            address=config.address,
+            configure_logging=True,
+            logging_level=logging.WARNING,
+            log_to_driver=config.log_to_driver,
+            runtime_env={"env_vars": {**_QUIET, **config.environment}},
+            **local,
+        )
+    except ConnectionError as cause:
+        raise ConfigError(
+            f"ray.address={config.address}: no Ray answers there ({cause}); start it with `ray start --head`, or set "
+            "ray.address=null to run on this machine alone"
+        ) from cause
     try:
         yield
     finally:

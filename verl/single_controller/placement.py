@@ -12,7 +12,12 @@ from typing import Literal
 
 import ray
 from ray.exceptions import GetTimeoutError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from verl.errors import ConfigError, WorkerError
 
@@ -135,25 +140,37 @@ def bundles(config: HardwareConfig) -> list[dict[str, float]]:
     return [dict(bundle) for _ in range(config.devices)]
 
 
-def slots(config: HardwareConfig, role: Role) -> list[Slot]:
-    """Return where each worker of `role` runs: one per device for training, one per engine for rollout."""
+def by_node(nodes: Mapping[int, str]) -> list[int]:
+    """Return the bundles node by node, because Ray may spread neighbouring bundles; `nodes` has the node of each."""
+    first = {node: bundle for bundle, node in sorted(nodes.items(), reverse=True)}
+    return sorted(nodes, key=lambda bundle: (first[nodes[bundle]], bundle))
+
+
+def slots(config: HardwareConfig, role: Role, order: Sequence[int] | None = None) -> list[Slot]:
+    """Return where each worker of `role` runs: one per device for training, one per engine for rollout.
+
+    Args:
+        order: the bundles, those of one node together, so that an engine that spans several stays on one node and
+            neighbouring ranks share one; as they are numbered if None.
+    """
+    order = range(config.devices) if order is None else order
     # Half each lets Ray put both on one GPU; it is bookkeeping and limits neither's memory.
     gpus = 0.0 if config.device == "cpu" else (0.5 if config.colocate else 1.0)
     if role == "train":
-        return [Slot(bundle, config.cpus_per_worker, gpus) for bundle in range(config.train_devices)]
+        return [Slot(bundle, config.cpus_per_worker, gpus) for bundle in order[: config.train_devices]]
     first = 0 if config.colocate else config.train_devices
     span = config.devices_per_engine
     starts = range(first, first + config.engine_devices, span)
     if span == 1:
-        return [Slot(bundle, config.cpus_per_worker, gpus) for bundle in starts]
+        return [Slot(order[start], config.cpus_per_worker, gpus) for start in starts]
     # vLLM starts one process per device by itself and reads from these where; the worker only steers them.
     return [
         Slot(
-            start,
+            order[start],
             config.cpus_per_worker,
             0.0,
             {
-                "VLLM_RAY_BUNDLE_INDICES": ",".join(map(str, range(start, start + span))),
+                "VLLM_RAY_BUNDLE_INDICES": ",".join(map(str, order[start : start + span])),
                 "VLLM_RAY_PER_WORKER_GPUS": str(gpus),
             },
         )
@@ -189,7 +206,6 @@ class ResourcePool:
         """
         check_resources(config, ray.cluster_resources())
         self.config = config
-        # PACK fills one node after the other, so neighbouring ranks share one.
         self.group: PlacementGroup = placement_group(bundles(config), strategy="PACK")
         try:
             ray.get(self.group.ready(), timeout=config.placement_timeout)
@@ -199,10 +215,11 @@ class ResourcePool:
                 f"no room for {config.devices} workers after {config.placement_timeout:g} s; resources now free: "
                 f"{ray.available_resources()}; stop what else runs on the cluster"
             ) from cause
+        self._nodes: Mapping[int, str] = placement_group_table(self.group)["bundles_to_node_id"]
 
     def placed(self, role: Role) -> Placed:
         """Return where the workers of `role` run."""
-        return Placed(slots(self.config, role), self.group)
+        return Placed(slots(self.config, role, by_node(self._nodes)), self.group)
 
     def close(self) -> None:
         """Give the devices back; workers that still run there end."""

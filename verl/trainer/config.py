@@ -15,6 +15,7 @@ from verl.single_controller.placement import HardwareConfig
 from verl.trainer.checkpoint import CheckpointConfig
 from verl.trainer.data import DataConfig
 from verl.trainer.estimate import AlgorithmConfig
+from verl.trainer.schedule import Mode
 from verl.trainer.sentinel import SentinelConfig
 from verl.trainer.tracking import TrackingConfig
 from verl.workers.actor import ActorConfig
@@ -33,6 +34,7 @@ class RolloutConfig:
         temperature, top_p, top_k: while training; the actor's temperature must be the same.
         eval_temperature: while validating; 0 is greedy, and really is.
         in_flight: trajectories that one engine holds at a time.
+        mode: when the next rollout starts, see `verl.trainer.schedule`.
     """
 
     samples: int = 1
@@ -41,6 +43,7 @@ class RolloutConfig:
     top_k: int = -1
     eval_temperature: float = 0.0
     in_flight: int = 128
+    mode: Mode = "sync"
 
     def __post_init__(self) -> None:
         for name in ("samples", "in_flight"):

@@ -27,6 +27,7 @@ from verl.trainer.config import TrainConfig
 from verl.trainer.data import Shuffled, training_questions, validation_questions
 from verl.trainer.estimate import AlgorithmConfig
 from verl.trainer.rollouts import RolloutPool, Rollouts
+from verl.trainer.schedule import State
 from verl.trainer.sentinel import Sentinel
 from verl.trainer.step import Learners, StepConfig, Stepper
 from verl.trainer.surroundings import ServiceSurroundings
@@ -238,7 +239,7 @@ class _Run:
                 bar.set_postfix({"reward": f"{metrics.get('reward/mean', 0):.3f}"})
                 bar.update()
                 if last or _due(step, run.checkpoint.save_freq):
-                    self._save(step, metrics, learners)
+                    self._save(step, metrics, stepper.schedule.source_state(), learners)
 
     def _stepper(self, learners: SavedLearners, pool: Rollouts) -> Stepper:
         run = self.config.trainer
@@ -262,9 +263,9 @@ class _Run:
         self.totals["trajectories"] += metrics["env/trajectories"]
         self.totals["seconds"] += metrics["timing_s/step"]
 
-    def _save(self, step: int, metrics: Mapping[str, float], learners: SavedLearners) -> None:
+    def _save(self, step: int, metrics: Mapping[str, float], source: State, learners: SavedLearners) -> None:
         driver = {
-            "source": self.source.state_dict(),
+            "source": source,
             "kl": self.kl.state_dict(),
             "sentinel": self.sentinel.state_dict(),
             "totals": self.totals,
@@ -291,6 +292,8 @@ def _step_config(config: TrainConfig) -> StepConfig:
         algorithm=config.algorithm,
         uses_reference=config.uses_reference,
         pad_id=_pad_id(config.model.path),
+        mode=config.rollout.mode,
+        last_step=config.trainer.total_steps,
     )
 
 

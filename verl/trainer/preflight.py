@@ -138,6 +138,11 @@ def _devices(config: TrainConfig) -> Iterator[str]:
                 f"hardware.devices_per_node={wanted.devices_per_node} GPUs, but this machine has {there}; lower it, or "
                 "set ray.address to join a cluster that has them"
             )
+    if config.rollout.mode != "sync" and wanted.device == "cuda" and wanted.colocate:
+        yield (
+            f"rollout.mode={config.rollout.mode} rolls out while it trains, but hardware.colocate=true lets both use "
+            "the same GPUs in turns; set hardware.colocate=false and hardware.rollout_devices, or rollout.mode=sync"
+        )
 
 
 def _tracking(config: TrainConfig) -> Iterator[str]:

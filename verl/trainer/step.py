@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from verl.batch import Batch, TrainBatch
 from verl.trainer.estimate import AlgorithmConfig, estimate
 from verl.trainer.metrics import policy_tokens, rollout_metrics
 from verl.trainer.rollouts import Progress, Rollouts, flat
+from verl.trainer.schedule import Mode, schedule
 from verl.trainer.sentinel import RunStopped, Sentinel
 from verl.trajectories import append_trajectories
 from verl.types import Question
@@ -59,6 +60,10 @@ class QuestionSource(Protocol):
         """Return the next `count` questions."""
         ...
 
+    def state_dict(self) -> Mapping[str, Any]:
+        """Return the position, JSON-safe."""
+        ...
+
 
 @dataclass(frozen=True)
 class StepConfig:
@@ -70,6 +75,8 @@ class StepConfig:
         sampling: how the policy samples while training.
         uses_reference: a KL term needs the reference's log-probabilities.
         pad_id: padding token.
+        mode: when the next rollout starts.
+        last_step: no rollout starts for a step after it.
     """
 
     questions: int
@@ -78,6 +85,8 @@ class StepConfig:
     algorithm: AlgorithmConfig
     uses_reference: bool
     pad_id: int
+    mode: Mode = "sync"
+    last_step: int = 1
 
 
 class Stopwatch:
@@ -115,6 +124,10 @@ class Stepper:
     dump: Path | None = None
     progress: Progress | None = None
 
+    def __post_init__(self) -> None:
+        config = self.config
+        self.schedule = schedule(config.mode, self._samples, self.source.state_dict, config.last_step)
+
     def run(self, step: int) -> dict[str, float]:
         """Do step number `step` (from 1) and return its metrics.
 
@@ -123,7 +136,7 @@ class Stepper:
         """
         config, watch, version = self.config, Stopwatch(), self.pool.version
         with watch("rollout"):
-            everything, samples = self._samples(step)
+            everything, samples = self.schedule.take(step)
         self._dump(step, everything)
         self._check(step, everything, samples)
         with watch("collate"):
@@ -143,6 +156,7 @@ class Stepper:
             with watch("update_actor"):
                 metrics |= self.learners.update_actor(train)
             with watch("sync"):
+                self.schedule.settle()
                 self.pool.publish(step)
             self._adapt_kl(metrics, len(samples))
         metrics |= rollout_metrics(everything) | _mismatch(batch, old, samples, version)

@@ -29,7 +29,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from verl.agent.protocols import Generation, Sampling
-from verl.errors import EngineError
+from verl.errors import EngineError, WorkerError
 from verl.workers.engines import (
     EngineConfig,
     UpdateGate,
@@ -42,7 +42,7 @@ from verl.workers.weight_sync import WeightReceiver
 
 _SHARED_MEMORY = Path("/dev/shm")
 _CLOSED = "the vLLM engine is closed; create another one"
-_FAILURES = (EngineDeadError, EngineGenerateError, VLLMClientError, ValueError)
+_FAILURES = (EngineGenerateError, VLLMClientError, ValueError)
 
 
 class VLLMEngine:
@@ -63,7 +63,12 @@ class VLLMEngine:
         self._tokenizer = self._llm.get_tokenizer()
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Generation:
-        """Continue `prompt_ids`; see `PolicyEngine`."""
+        """Continue `prompt_ids`; see `PolicyEngine`.
+
+        Raises:
+            WorkerError: vLLM's process died, after which no generation can succeed; no trajectory's failure but the
+                worker's, so that a run restarts instead of counting failed trajectories.
+        """
         budget = token_budget(prompt_ids, sampling, self.config.max_model_len)
         params = SamplingParams(
             temperature=sampling.temperature,
@@ -82,6 +87,10 @@ class VLLMEngine:
             request = self._llm.generate({"prompt_token_ids": list(prompt_ids)}, params, str(next(self._requests)))
             try:
                 outputs = [output async for output in request]
+            except EngineDeadError as error:
+                raise WorkerError(
+                    f"vLLM's engine process for {self.config.model!r} died (killed, or out of memory?): {error}"
+                ) from error
             except _FAILURES as error:
                 raise EngineError(f"vLLM could not generate: {type(error).__name__}: {error}") from error
             return self._generation(outputs[-1].outputs[0])

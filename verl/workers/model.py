@@ -135,7 +135,11 @@ def gathered(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor
     to_shards(model)
     for name, parameter in model.named_parameters():
         value = parameter.detach()
-        yield name, (value.full_tensor() if isinstance(value, DTensor) else value).to(dtype)
+        if isinstance(value, DTensor):
+            # Shards that rest on the CPU are gathered on the device too: over gloo it would take far longer, and a
+            # rollout engine receives from GPU memory. Cast first, so that no more than needed travels.
+            value = value.to(device=value.device_mesh.device_type, dtype=dtype).full_tensor()
+        yield name, value.to(dtype)
 
 
 def to_shards(model: nn.Module) -> None:
