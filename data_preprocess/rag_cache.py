@@ -116,6 +116,8 @@ class RagCacheConfig:
     def __post_init__(self) -> None:
         if self.output.resolve() == self.questions.resolve():
             raise ValueError(f"output={self.output} is the file that questions names; write to another one")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit={self.limit}; expected at least 1, or null for all questions")
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +238,8 @@ async def run(config: RagCacheConfig, prompt_fn: Callable[[Question], str] | Non
         DataError: no questions are left, or a file is malformed.
     """
     questions = read_questions(config.questions, config.limit)
+    if not questions:
+        raise DataError(f"{config.questions} holds no question; expected at least one row")
     journal_path = config.output.with_name(f"{config.output.stem}.journal.jsonl")
     errors_path = config.output.with_name(f"{config.output.stem}.errors.jsonl")
     async with AsyncExitStack() as stack:

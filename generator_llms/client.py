@@ -267,6 +267,12 @@ class GeneratorClient:
             self._finding = None
 
     def _count_retry(self) -> None:
+        if not self.stats.retries:
+            logger.warning(
+                "%s gave no usable reply; asking again for up to %g s (later retries are only counted)",
+                self._where(),
+                self.config.retry_window_s,
+            )
         self.stats.retries += 1
 
     def _where(self) -> str:

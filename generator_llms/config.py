@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 PromptName = Literal["context", "zero_shot", "cot"]
 
@@ -59,6 +60,13 @@ class GeneratorConfig:
     def __post_init__(self) -> None:
         if not self.base_url.startswith(("http://", "https://")):
             raise ValueError(f"base_url={self.base_url!r}; expected http://HOST:PORT/v1 or https://...")
+        parts = urlsplit(self.base_url)
+        if parts.username or parts.password:  # not shown: the address stands in logs, reports and error messages
+            raise ValueError("base_url holds a user or password; put the key into the variable that api_key_env names")
+        try:
+            _ = parts.port
+        except ValueError as cause:
+            raise ValueError(f"base_url={self.base_url!r}: {cause}; expected http://HOST:PORT/v1") from cause
         for name in ("max_tokens", "max_prompt_tokens", "concurrency", "max_reply_chars"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")

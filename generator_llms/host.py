@@ -87,7 +87,8 @@ def check(config: HostConfig) -> None:
         ConfigError: the checkpoint folder is missing or no checkpoint, or the port is in use.
     """
     folder = Path(config.model)
-    looks_local = config.model.startswith((".", "/", "~")) or folder.is_dir()
+    # A name on the hub is OWNER/MODEL at most, so more slashes are a folder.
+    looks_local = config.model.startswith((".", "/", "~")) or config.model.count("/") > 1 or folder.is_dir()
     if looks_local and not (folder / "config.json").is_file():
         raise ConfigError(f"--model {config.model}: no config.json there; expected the folder of a checkpoint")
     if config.tp < 1:

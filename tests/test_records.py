@@ -281,6 +281,12 @@ def test_files_that_are_not_question_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.parquet").write_text("hello")
     with pytest.raises(DataError, match="cannot be read as parquet"):
         read_questions(tmp_path / "text.parquet")
+    write_questions(tmp_path / "damaged.parquet", [PARIS], "train")
+    content = bytearray((tmp_path / "damaged.parquet").read_bytes())
+    content[4:200] = bytes(196)
+    (tmp_path / "damaged.parquet").write_bytes(content)
+    with pytest.raises(DataError, match="cannot be read as parquet"):
+        read_questions(tmp_path / "damaged.parquet")
     pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
     with pytest.raises(DataError, match="has the columns a; expected data_source"):
         read_questions(tmp_path / "other.parquet")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ["scripts/install.sh", "setup.py", "pyproject.toml", *(path.name for path in ROOT.glob("requirements*.txt"))]
@@ -142,3 +144,14 @@ def test_cpu_and_gpu_pins_agree() -> None:
     assert {name: cpu[name] for name in gpu if name in cpu} == {name: gpu[name] for name in gpu if name in cpu}
     assert set(gpu) - set(cpu) == {"vllm", "faiss-gpu"}
     assert gpu["faiss-gpu"] == cpu["faiss-cpu"]
+
+
+def test_the_inference_script_runs_on_the_embedded_world_by_one_override() -> None:
+    script = ROOT / "scripts" / "s3_inference" / "evaluate-5-3-4.sh"
+    command = ["bash", str(script), "7", "setting=world", "--cfg", "job"]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    config = yaml.safe_load(done.stdout)
+    assert config["questions"] == "outputs/quickstart/questions/test.parquet"
+    assert config["engine"]["model"] == "data_preprocess/world/checkpoints/searcher"
+    assert (config["search"]["topk"], config["search"]["max_turns"], config["sampling"]["seed"]) == (5, 4, 7)

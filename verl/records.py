@@ -229,7 +229,7 @@ def _iter_rows(path: Path) -> Iterator[Row]:
             _check_columns(path, file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=_ROWS_PER_GROUP, columns=known):
                 yield from batch.to_pylist()
-    except pa.ArrowInvalid as cause:
+    except (pa.ArrowException, OSError) as cause:  # damaged pages are an OSError to Arrow
         raise DataError(f"{path} cannot be read as parquet ({cause}); write it with verl.records") from cause
 
 

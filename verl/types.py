@@ -155,6 +155,11 @@ class Trajectory:
         return sum(turn.result is not None for turn in self.turns)
 
     @property
+    def valid(self) -> bool:
+        """Whether it finished by itself and every turn held an action."""
+        return self.stop is Stop.FINISHED and not any(turn.invalid for turn in self.turns)
+
+    @property
     def segments(self) -> tuple[Segment, ...]:
         """All segments after the prompt, in order."""
         return tuple(segment for turn in self.turns for segment in turn.segments)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_preprocess.world.language import NAME_COUNT, World, names
+from verl.errors import SearchAgentError
 from verl.records import write_questions
 from verl.types import Document, Question
 
@@ -101,7 +102,7 @@ def _renumbered(questions: Sequence[Question], split: str) -> list[Question]:
     return [replace(question, id=f"{SOURCE}/{split}/{index}") for index, question in enumerate(questions)]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Write the embedded world's corpus and questions.")
     parser.add_argument("--save_dir", type=Path, required=True)
@@ -110,10 +111,13 @@ def main() -> None:
     parser.add_argument("--validation", type=int, default=WorldConfig.validation)
     parser.add_argument("--test", type=int, default=WorldConfig.test)
     parser.add_argument("--two_hop", type=float, default=WorldConfig.two_hop, help="share of 2-hop questions")
-    options = vars(parser.parse_args())
+    options = vars(parser.parse_args(arguments))
     folder = options.pop("save_dir")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    build(WorldConfig(**options), folder)
+    try:
+        build(WorldConfig(**options), folder)
+    except (ValueError, SearchAgentError, OSError) as cause:
+        parser.exit(1, f"error: {cause}\n")
 
 
 if __name__ == "__main__":

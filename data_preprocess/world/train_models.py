@@ -17,7 +17,7 @@ import asyncio
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -80,7 +80,7 @@ def _load(folder: Path) -> Qwen2ForCausalLM:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; exits with 1 when the gate is not passed."""
     parser = argparse.ArgumentParser(description="Train the tiny models of the embedded world.")
     parser.add_argument("--save_dir", type=Path, required=True, help="gets generator/ and searcher/")
@@ -89,11 +89,13 @@ def main() -> int:
     parser.add_argument("--scale", type=float, default=Recipe.scale, help="multiplies the token budgets")
     parser.add_argument("--only", choices=("generator", "searcher", "gate"), help="run one stage alone")
     parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(options.threads)
     recipe = Recipe(options.seed, options.expert, options.scale)
     generator, searcher = options.save_dir / "generator", options.save_dir / "searcher"
+    if options.only in ("searcher", "gate") and not (generator / "config.json").is_file():
+        parser.error(f"--only {options.only} needs the generator, but {generator} holds no checkpoint; train it first")
     tokenizer = train_tokenizer()
     started = time.monotonic()
     if options.only in (None, "generator"):

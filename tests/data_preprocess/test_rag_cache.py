@@ -160,6 +160,7 @@ async def test_a_malformed_cache_is_not_overwritten(tmp_path: Path, content: str
         (["documents.retrieve_k=0"], "retrieve_k=0; expected at least 1"),
         (["output={questions}"], "is the file that questions names"),
         (["filters.drop_bare_golds=false"], "did you mean 'filter'"),
+        (["limit=0"], "limit=0; expected at least 1, or null"),
     ],
 )
 def test_a_wrong_configuration_is_one_line(
@@ -170,3 +171,11 @@ def test_a_wrong_configuration_is_one_line(
     words = [f"questions={questions}", f"output={tmp_path / 'out.parquet'}", "split=train"]
     assert main([*words, *(word.format(questions=questions) for word in overrides)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_file_without_questions_is_refused_before_anything_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_questions(tmp_path / "q.parquet", [], "train")
+    assert main([f"questions={tmp_path / 'q.parquet'}", f"output={tmp_path / 'out.parquet'}", "split=train"]) == 1
+    assert "q.parquet holds no question; expected at least one row" in capsys.readouterr().err

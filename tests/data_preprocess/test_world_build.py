@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from data_preprocess.world import gate
-from data_preprocess.world.build import WorldConfig, WorldFiles, build, draw
+from data_preprocess.world import gate, train_models
+from data_preprocess.world.build import WorldConfig, WorldFiles, build, draw, main
 from data_preprocess.world.language import names
 from verl.records import read_questions
 from verl.retrieval.corpus import Corpus
@@ -136,3 +136,32 @@ async def test_the_committed_models_pass_the_gate_on_a_small_sample() -> None:
     assert found["base searcher, valid (sampled)"] >= 0.90
     assert found["base searcher, sampled, 2-hop success"] <= 0.45
     assert found["base searcher, greedy, all: 0.20 below oracle"] <= found["generator, gold passages"] - 0.05
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--train", "0"], "train=0; expected at least 1 question"),
+        (["--two_hop", "1.5"], "two_hop=1.5; expected a share in [0, 1]"),
+        (["--test", "100000"], "ask for fewer"),
+    ],
+)
+def test_sizes_that_no_world_has_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--save_dir", str(tmp_path / "world"), *flags])
+    assert ended.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error
+    assert not (tmp_path / "world").exists()
+
+
+@pytest.mark.parametrize("stage", ["searcher", "gate"])
+def test_a_stage_without_its_generator_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        train_models.main(["--save_dir", str(tmp_path), "--only", stage])
+    assert ended.value.code == 2
+    assert "generator holds no checkpoint; train it first" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ import pytest
 from tests.evaluation.fakes import DOCUMENTS, QUESTIONS, Retriever, question
 from verl.agent.grammar.s3 import S3Config, S3Grammar
 from verl.agent.protocols import Generation, Sampling
-from verl.errors import DataError, RetrieverError
+from verl.errors import ConfigError, DataError, RetrieverError
 from verl.evaluation.collect import (
     CollectConfig,
     Context,
@@ -23,13 +24,16 @@ from verl.evaluation.collect import (
     context_with_info,
     iter_contexts,
     main,
+    run,
     write_published,
 )
 from verl.evaluation.collectors import Collector, Gathered, NaiveRag, Oracle, Searcher, passages_of
 from verl.evaluation.identity import model_identity, retriever_identity
 from verl.evaluation.journal import Unfinished
 from verl.records import write_questions
+from verl.retrieval.client import RetrieverClientConfig
 from verl.types import Document, Question, SearchResult, Stop, Trajectory
+from verl.workers.engines import EngineConfig
 
 PARAMETERS = {"method": "naive_rag", "topk": 2}
 
@@ -231,6 +235,33 @@ def test_the_oracle_runs_from_the_command_line(tmp_path: Path) -> None:
     assert main([f"questions={questions}", f"output={output}", "method=oracle", f"corpus={corpus}", "limit=2"]) == 0
     found = {c.trajectory.question.id: [d.id for d in c.trajectory.documents] for c in iter_contexts(output)}
     assert found == {"toy/test/0": ["1"], "toy/test/1": ["1", "2"]}
+
+
+def test_a_file_without_questions_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_questions(tmp_path / "q.parquet", [], "test")
+    assert main([f"questions={tmp_path / 'q.parquet'}", f"output={tmp_path / 'out'}"]) == 1
+    assert "q.parquet holds no question" in capsys.readouterr().err
+
+
+async def test_a_searcher_without_a_model_is_refused_with_the_fix(tmp_path: Path) -> None:
+    async def health(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok")
+        await writer.drain()
+        writer.close()
+
+    write_questions(tmp_path / "q.parquet", QUESTIONS, "test")
+    async with await asyncio.start_server(health, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/retrieve"
+        config = CollectConfig(
+            tmp_path / "q.parquet",
+            tmp_path / "out",
+            "searcher",
+            engine=EngineConfig(str(tmp_path / "no model"), kind="hf"),
+            retriever=RetrieverClientConfig(url),
+        )
+        with pytest.raises(ConfigError, match=r"engine.model=.*no model: its tokenizer does not load"):
+            await run(config)
 
 
 def test_defaults_are_valid() -> None:

@@ -36,12 +36,12 @@ def test_report_md_holds_both_tables(tmp_path: Path) -> None:
 def test_optional_figures_get_columns_of_their_own() -> None:
     methods = {
         "a": {**FIGURES, "accuracy_interval": [0.4, 0.625], "accuracy_by_kind": {"1-hop": 1.0, "2-hop": 0.0}},
-        "b": {**FIGURES, "recall": None},
+        "b": {**FIGURES, "recall": None, "documents": 3.25},
     }
     assert table(methods) == [
-        ["method", "accuracy", "95 %", "1-hop", "2-hop", "recall", "searches", "n", "seconds"],
-        ["a", "50.0", "40.0–62.5", "100.0", "0.0", "25.0", "1.00", "400", "12.3"],
-        ["b", "50.0", "", "", "", "", "1.00", "400", "12.3"],
+        ["method", "accuracy", "95 %", "1-hop", "2-hop", "recall", "documents", "searches", "n", "seconds"],
+        ["a", "50.0", "40.0–62.5", "100.0", "0.0", "25.0", "", "1.00", "400", "12.3"],
+        ["b", "50.0", "", "", "", "", "3.2", "1.00", "400", "12.3"],
     ]
 
 

@@ -310,6 +310,7 @@ async def test_failures_are_never_cached(tmp_path: Path) -> None:
     ("key", "value"),
     [
         ("base_url", "localhost:8000"),
+        ("base_url", "http://localhost:99999/v1"),
         ("max_tokens", 0),
         ("concurrency", 0),
         ("timeout_s", 0.0),
@@ -323,3 +324,19 @@ async def test_failures_are_never_cached(tmp_path: Path) -> None:
 def test_a_wrong_setting_is_refused_by_name(key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=key):
         build(GeneratorConfig, {key: value})
+
+
+def test_a_key_in_the_address_is_refused_and_not_repeated() -> None:
+    with pytest.raises(ConfigError, match="api_key_env") as error:
+        build(GeneratorConfig, {"base_url": "https://user:secret@host.example/v1"})
+    assert "secret" not in str(error.value)
+
+
+async def test_the_first_retry_is_told_so_that_waiting_does_not_look_like_hanging(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with FakeServer(BROKEN["500"], BROKEN["null"]) as server, client_for(server) as client:
+        await client.complete(HELLO)
+    told = [record for record in caplog.records if record.levelname == "WARNING" and "asking again" in record.message]
+    assert client.stats.retries == 2
+    assert len(told) == 1 and server.url in told[0].message

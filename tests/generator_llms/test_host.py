@@ -59,6 +59,8 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
         check(HostConfig(str(tmp_path)))
     with pytest.raises(ConfigError, match=r"no config\.json"):
         check(HostConfig("./nowhere"))
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        check(HostConfig("outputs/run/checkpoints/hf"))
 
 
 def test_a_port_in_use_is_refused() -> None:

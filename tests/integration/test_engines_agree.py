@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from tests.workers.tiny import teach
 from verl.agent.grammar.s3 import S3Config, S3Grammar
 from verl.agent.loop import gather
 from verl.agent.protocols import Sampling
-from verl.errors import EngineError
+from verl.errors import EngineError, WorkerError
 from verl.types import Document, Question, Role, SearchResult, Stop, Trajectory
 from verl.workers.engines import EngineConfig, RolloutEngine, create_engine
 from verl.workers.sampler import RowSampling, processed_logprobs
@@ -200,6 +201,13 @@ async def test_what_vllm_cannot_serve_is_an_engine_error(pair: Pair) -> None:
         await pair.vllm.update_weights(list(pair.model.named_parameters())[1:], 9)
     assert pair.vllm.weight_version != 9
     assert len((await pair.vllm.generate([1, 2, 3], Sampling(max_tokens=4))).ids) > 0
+
+
+async def test_a_vllm_that_is_killed_is_a_dead_worker_and_no_failed_generation(pair: Pair) -> None:
+    (core,) = [process for process in multiprocessing.active_children() if "EngineCore" in process.name]
+    core.kill()
+    with pytest.raises(WorkerError, match=r"engine process .* died"):
+        await pair.vllm.generate([1, 2, 3], Sampling(max_tokens=4))
 
 
 async def test_a_closed_vllm_engine_says_so(pair: Pair) -> None:

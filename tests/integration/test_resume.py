@@ -9,7 +9,7 @@ import pytest
 from tests.integration.training_world import TrainingWorld, history
 from verl.trainer.verify_resume import Plan, verify
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]  # three trainings, one by one
 
 
 def test_a_killed_and_resumed_run_equals_an_unbroken_one(world: TrainingWorld, tmp_path: Path) -> None:

@@ -40,6 +40,8 @@ PUBLISHED = {
     *(f"{name}/{kind}" for name in ("response_length", "prompt_length", "env/number_of_actions") for kind in SPREAD),
     *(f"actor/{name}" for name in ("pg_loss", "pg_clipfrac", "ppo_kl", "entropy_loss", "grad_norm", "lr")),
     *(f"env/{name}" for name in ("finish_ratio", "number_of_valid_action", "ratio_of_valid_action")),
+    *("env/number_of_valid_search", "response_length/clip_ratio", "prompt_length/clip_ratio"),
+    *(f"timing_per_token_ms/{stage}" for stage in ("rollout", "ref", "update_actor")),
     *(f"reward/utility_{u}_gen_{g}" for u, g in ((1, 1), (0, 1), (0, 0), (-1, 0))),
     *("state_tokens/total", "state_tokens/coverage", "critic/kl", "critic/kl_coeff"),
 }

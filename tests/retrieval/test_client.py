@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import httpx
@@ -247,7 +247,34 @@ def test_a_client_belongs_to_one_event_loop() -> None:
     asyncio.run(again())
 
 
-@pytest.mark.parametrize("wrong", [{"url": "localhost:3000"}, {"batch_queries": 0}, {"max_requests": 0}])
+async def test_an_answer_that_drips_is_given_up_at_the_timeout() -> None:
+    async def drip() -> AsyncIterator[bytes]:
+        while True:
+            yield b" "
+            await asyncio.sleep(0.01)
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, content=drip())
+
+    async with make_client(handle, timeout_s=0.1) as client:
+        with pytest.raises(RetrieverError, match=r"no answer within timeout_s=0.1 \(1 attempts"):
+            await client(["a"], 1)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"url": "localhost:3000"},
+        {"url": "http://localhost:99999/retrieve"},
+        {"batch_queries": 0},
+        {"max_requests": 0},
+        {"timeout_s": 0.0},
+        {"timeout_s": float("inf")},
+        {"retry_window_s": -1.0},
+        {"backoff_s": float("nan")},
+        {"batch_window_ms": -1.0},
+    ],
+)
 def test_a_wrong_client_config_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         RetrieverClientConfig(**wrong)

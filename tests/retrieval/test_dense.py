@@ -157,6 +157,12 @@ def test_a_damaged_index_is_refused(built: tuple[Path, IndexInfo], corpus: Corpu
         open_engine(folder, corpus, info)
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_named(device: str) -> None:
+    with pytest.raises(ConfigError, match=f"encoder device='{device}' is not there"):
+        load_encoder("e5", config=EncoderConfig(device=device))
+
+
 @pytest.fixture(scope="module")
 def minilm() -> Encoder:
     return load_encoder("minilm", config=EncoderConfig(device="cpu"))

@@ -1,7 +1,7 @@
 import pytest
 
 from verl.errors import ConfigError
-from verl.single_controller.placement import HardwareConfig, bundles, check_resources, slots
+from verl.single_controller.placement import HardwareConfig, bundles, by_node, check_resources, slots
 
 
 def test_colocated_workers_share_each_device() -> None:
@@ -21,6 +21,17 @@ def test_disaggregated_workers_have_devices_of_their_own() -> None:
     engines = slots(config, "rollout")
     assert [(slot.bundle, slot.gpus) for slot in engines] == [(4, 0.0), (6, 0.0)]
     assert engines[1].environment == {"VLLM_RAY_BUNDLE_INDICES": "6,7", "VLLM_RAY_PER_WORKER_GPUS": "1.0"}
+
+
+def test_an_engine_stays_on_one_node_however_ray_spread_the_bundles() -> None:
+    config = HardwareConfig("cuda", nodes=2, devices_per_node=2, devices_per_engine=2)
+    order = by_node({0: "b", 1: "a", 2: "b", 3: "a"})
+    assert order == [0, 2, 1, 3]
+    engines = slots(config, "rollout", order)
+    assert [slot.bundle for slot in engines] == [0, 1]
+    assert [slot.environment["VLLM_RAY_BUNDLE_INDICES"] for slot in engines] == ["0,2", "1,3"]
+    assert [slot.bundle for slot in slots(config, "train", order)] == order
+    assert by_node({0: "a", 1: "a", 2: "b"}) == [0, 1, 2]
 
 
 def test_cpu_workers_reserve_no_gpu() -> None:

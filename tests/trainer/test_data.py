@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from verl.errors import ConfigError
 from verl.records import write_questions
-from verl.trainer.data import DataConfig, Shuffled, is_yes_no, training_questions, validation_questions
+from verl.trainer.data import DataConfig, Shuffled, training_questions, validation_questions
 from verl.types import Baseline, Question
 
 
@@ -47,7 +47,7 @@ def test_yes_no_golds_and_what_naive_rag_answers_are_left_out(
     with caplog.at_level(logging.INFO):
         kept = training_questions(config)
     assert ids(kept) == ["s/0", "s/3", "s/4"]
-    assert "5 questions, 1 dropped for a yes/no gold, 1 because naive RAG answers them, 3 left" in caplog.text
+    assert "5 questions, 1 dropped (bare gold), 1 dropped (naive RAG correct), 3 left" in caplog.text
 
 
 def test_each_filter_can_be_switched_off(config: DataConfig) -> None:
@@ -75,8 +75,16 @@ def test_validation_is_unfiltered_and_may_be_cut(config: DataConfig) -> None:
         (("Norway",), False),
     ],
 )
-def test_only_an_exact_yes_or_no_counts(golds: tuple[str, ...], expected: bool) -> None:
-    assert is_yes_no(Question("s/1", "q", golds, "s")) is expected
+def test_only_an_exact_yes_or_no_counts(config: DataConfig, golds: tuple[str, ...], expected: bool) -> None:
+    asked = [Question("s/train/1", "q", golds, "s"), *numbered(3)]
+    write_questions(config.train, asked, "train")
+    assert ("s/train/1" not in ids(training_questions(config))) is expected
+
+
+def test_an_empty_validation_file_is_refused(config: DataConfig) -> None:
+    write_questions(config.validation, [], "test")
+    with pytest.raises(ConfigError, match=r"data.validation=.*val.parquet holds no question"):
+        validation_questions(config)
 
 
 @given(count=st.integers(1, 9), seed=st.integers(0, 3), sizes=st.lists(st.integers(0, 12), max_size=8), data=st.data())

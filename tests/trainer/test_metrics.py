@@ -7,7 +7,7 @@ import math
 import pytest
 
 from tests.trainer.fakes import question, sample, trajectory, turn
-from verl.trainer.metrics import is_valid, policy_tokens, rollout_metrics, trajectory_metrics
+from verl.trainer.metrics import policy_tokens, rollout_metrics, trajectory_metrics
 from verl.types import Stop
 
 TWO_HOP = question("B", "2-hop", ("T1", "T2"))
@@ -42,6 +42,7 @@ def test_how_the_policy_searched() -> None:
         "env/valid_rate": 0.5,
         "env/valid_search_rate": 2 / 5,
         "env/searches": 1,
+        "env/number_of_valid_search": 1,
         "env/selected_documents": 1.5,
         "env/documents": 1,
         "env/gold_recall": 0.25,
@@ -51,6 +52,8 @@ def test_how_the_policy_searched() -> None:
         "prompt_length/mean": 2,
         "prompt_length/max": 2,
         "prompt_length/min": 2,
+        "response_length/clip_ratio": 0,
+        "prompt_length/clip_ratio": 0,
         "state_tokens/total": 16,
         # Two observations of three tokens each.
         "state_tokens/coverage": 16 / 22,
@@ -72,10 +75,18 @@ def test_questions_without_gold_passages_do_not_count_in_the_recall() -> None:
 
 
 def test_only_what_finished_by_itself_without_an_invalid_turn_is_valid() -> None:
-    assert is_valid(LONG)
-    assert not is_valid(LOST)
-    assert not is_valid(trajectory(turns=(turn(finished=True),), stop=Stop.LENGTH))
-    assert not is_valid(trajectory(turns=(turn(invalid=True), turn(finished=True))))
+    assert LONG.valid
+    assert not LOST.valid
+    assert not trajectory(turns=(turn(finished=True),), stop=Stop.LENGTH).valid
+    assert not trajectory(turns=(turn(invalid=True), turn(finished=True))).valid
+
+
+def test_a_context_that_ends_and_a_prompt_too_long_are_told_apart() -> None:
+    cut = trajectory(turns=(turn(),), stop=Stop.LENGTH)
+    refused = trajectory(turns=(), stop=Stop.LENGTH)
+    metrics = trajectory_metrics([LONG, LOST, cut, refused])
+    assert (metrics["response_length/clip_ratio"], metrics["prompt_length/clip_ratio"]) == (0.25, 0.25)
+    assert metrics["env/length_ratio"] == 0.5
 
 
 def test_policy_tokens_are_those_that_were_sampled() -> None:

@@ -69,6 +69,7 @@ def test_a_missing_checkpoint_is_named(tmp_path: Path, key: str) -> None:
         ("train.engine.knid=hf", "did you mean 'engine.kind'"),
         ("train.recipe=quickstrat", "did you mean 'quickstart'"),
         ("documents.baseline_k=20", "baseline_k=20; expected 0 to retrieve_k=12"),
+        ("train.actor.update.mini_batch_size=50", "does not divide the 128 trajectories of a step"),
     ],
 )
 def test_a_wrong_key_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], word: str, message: str) -> None:

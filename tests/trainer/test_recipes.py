@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from verl.config import CONFIG_DIR, build, compose, to_dict
+from verl.config import CONFIG_DIR, build, compose, to_dict, to_yaml
 from verl.errors import ConfigError
 from verl.trainer.config import TrainConfig
 
@@ -18,7 +18,7 @@ RECIPES = sorted(path.stem for path in (CONFIG_DIR / "recipe").glob("*.yaml"))
 GROUPS = [
     f"{folder.name}={path.stem}"
     for folder in sorted(CONFIG_DIR.iterdir())
-    if folder.is_dir() and folder.name != "recipe"
+    if folder.is_dir() and folder.name in ("algorithm", "data", "hardware", "model")
     for path in sorted(folder.glob("*.yaml"))
 ]
 
@@ -205,6 +205,13 @@ def test_a_group_on_the_command_line_wins_over_the_recipe_and_the_data_over_both
 @pytest.mark.parametrize(("algorithm", "uses"), [("ppo", True), ("grpo", True), ("dapo", False), ("rloo", True)])
 def test_the_reference_is_loaded_only_where_a_kl_asks_for_it(algorithm: str, uses: bool) -> None:
     assert composed(f"algorithm={algorithm}").uses_reference is uses
+
+
+def test_what_is_recorded_of_a_run_holds_no_value_of_the_workers_variables() -> None:
+    config = composed("ray.environment={HF_TOKEN: secret}")
+    assert config.recorded().ray.environment == {"HF_TOKEN": "***"}
+    assert "secret" not in to_yaml(config.recorded())
+    assert composed().recorded() == composed()
 
 
 def test_no_kl_at_all_needs_no_reference() -> None:

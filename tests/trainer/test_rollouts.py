@@ -39,6 +39,8 @@ class Player:
         self.running -= len(seeds)
         if asked.text == "Who is deadly?":
             os._exit(1)
+        if asked.text == "Who is stuck?":
+            await asyncio.Event().wait()
         return [sample(float(seed or 0), asked, seconds=float(self.rank)) for seed in seeds]
 
     async def most_at_a_time(self) -> int:
@@ -110,4 +112,11 @@ def test_a_worker_that_dies_is_one_error_and_what_is_left_can_still_be_closed(po
         pool.collect([question("A"), question("deadly"), question("B")], 1, SAMPLING)
     with pytest.raises(WorkerError, match="has ended"):
         pool.group.call("most_at_a_time")
+    pool.close()
+
+
+def test_a_worker_that_hangs_is_one_error(resources: ResourcePool) -> None:
+    pool = RolloutPool(WorkerGroup(Player, (), resources.placed("rollout")), in_flight=4, stall_seconds=1.0)
+    with pytest.raises(WorkerError, match=r"rollout workers \[1\] finished no question in 1 s"):
+        pool.collect([question("A"), question("stuck"), question("B")], 1, SAMPLING)
     pool.close()

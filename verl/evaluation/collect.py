@@ -242,6 +242,8 @@ class CollectConfig:
             raise ValueError(f"method={self.method!r}; did you mean {near!r}? Methods: {', '.join(METHODS)}")
         if self.topk < 1:
             raise ValueError(f"topk={self.topk}; expected at least 1")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit={self.limit}; expected at least 1, or null for all questions")
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +276,13 @@ async def _searcher(config: CollectConfig, questions: Sequence[Question], stack:
 
     search = await stack.enter_async_context(RetrieverClient(config.retriever))
     identity = await retriever_identity(config.retriever.url)
-    tokenizer = AutoTokenizer.from_pretrained(config.engine.model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.engine.model)
+    except (OSError, ValueError) as cause:
+        raise ConfigError(
+            f"engine.model={config.engine.model}: its tokenizer does not load ({cause}); give the folder of a complete "
+            "model, for example a checkpoint's hf/, or a hub name"
+        ) from cause
     engine = create_engine(config.engine)
     stack.push_async_callback(engine.close)
     collector = Searcher(S3Grammar(config.search), engine, search, tokenizer, config.sampling.sampling())
@@ -296,8 +304,10 @@ METHODS: dict[str, Callable[[CollectConfig, Sequence[Question], AsyncExitStack],
 
 
 async def run(config: CollectConfig) -> list[Context]:
-    """Collect as configured; raises what `collect` raises."""
+    """Collect as configured; raises what `collect` raises, and DataError when there are no questions."""
     questions = read_questions(config.questions, config.limit)
+    if not questions:
+        raise DataError(f"{config.questions} holds no question; expected at least one row")
     async with AsyncExitStack() as stack:
         prepared = await METHODS[config.method](config, questions, stack)
         parameters = {"method": config.method, **prepared.parameters}

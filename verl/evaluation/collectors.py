@@ -15,7 +15,7 @@ from verl.agent.grammar.base import Grammar
 from verl.agent.loop import Tokenizer, derive_seed, run
 from verl.agent.protocols import PolicyEngine, Sampling, Search
 from verl.errors import RetrieverError
-from verl.rewards.text import normalise
+from verl.rewards.recall import title_key
 from verl.types import Document, Question, Stop, Trajectory, Turn
 
 
@@ -114,8 +114,3 @@ def passages_of(questions: Iterable[Question], corpus: Iterable[Document]) -> di
         if key in wanted:
             found[key] = (*found.get(key, ()), document)
     return found
-
-
-def title_key(title: str) -> str:
-    """Return what two spellings of a title have in common."""
-    return normalise(title) or title.strip().lower()

@@ -28,7 +28,6 @@ from verl.evaluation.journal import write_whole
 from verl.evaluation.report import plain, table, write_report
 from verl.evaluation.score import ScoreReport, ScoringConfig, score_contexts
 from verl.rewards.evidence import Answer, Judge
-from verl.types import Stop, Trajectory
 
 
 @dataclass(frozen=True)
@@ -100,14 +99,9 @@ def figures(report: ScoreReport, contexts: Sequence[Context], seconds: float) ->
         "answer_in_context": overall.answer_in_context,
         "documents": overall.documents,
         "tokens": sum(context.tokens for context in contexts) / n,
-        "valid": sum(_is_valid(trajectory) for trajectory in trajectories) / n,
+        "valid": sum(trajectory.valid for trajectory in trajectories) / n,
         "failed": overall.failed,
     }
-
-
-def _is_valid(trajectory: Trajectory) -> bool:
-    """Whether it finished by itself and every turn held an action."""
-    return trajectory.stop is Stop.FINISHED and not any(turn.invalid for turn in trajectory.turns)
 
 
 async def run(config: EvaluateConfig) -> dict[str, Any]:

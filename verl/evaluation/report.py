@@ -37,7 +37,8 @@ def write_report(
     Args:
         methods: by name, in the order of the table. Each has accuracy and recall in [0, 1] (recall None where no
             question names gold passages), searches per question, `n` questions, and `seconds`; further keys are kept.
-            `accuracy_interval` [low, high] and `accuracy_by_kind` {kind: accuracy} get columns of their own.
+            `accuracy_interval` [low, high], `accuracy_by_kind` {kind: accuracy} and `documents`, the mean number given
+            to the generator, get columns of their own.
         extra: further top-level keys. `stages` {name: seconds} gets a table of its own.
 
     Returns:
@@ -170,9 +171,11 @@ def _columns(methods: Mapping[str, Figures]) -> list[Column]:
     kinds = dict.fromkeys(kind for figures in methods.values() for kind in figures.get("accuracy_by_kind", {}))
     for kind in kinds:
         columns.append(Column(kind, lambda figures, kind=kind: _share(figures.get("accuracy_by_kind", {}).get(kind))))
+    columns.append(Column("recall", lambda figures: _share(figures["recall"])))
+    if any("documents" in figures for figures in methods.values()):
+        columns.append(Column("documents", lambda figures: _number(figures.get("documents"), 1)))
     return [
         *columns,
-        Column("recall", lambda figures: _share(figures["recall"])),
         Column("searches", lambda figures: _number(figures["searches"], 2)),
         Column("n", lambda figures: str(figures["n"])),
         Column("seconds", lambda figures: _number(figures["seconds"], 1)),
@@ -195,7 +198,8 @@ def _markdown(report: Mapping[str, Any]) -> str:
     parts = ["# Report", markdown(table(report["methods"]))]
     parts.append(
         "Accuracy, its 95 % bootstrap interval and recall of gold passages in %; searches per question are those that "
-        "the method itself asked for, the round-0 retrieval is not counted.\n"
+        "the method itself asked for, the round-0 retrieval is not counted; documents are those that the generator was "
+        "given, on average.\n"
     )
     if "stages" in report:
         parts += ["## Wall-clock", markdown(stage_table(report["stages"]))]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -51,6 +53,15 @@ class RetrieverClientConfig:
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
             raise ConfigError(f"retriever url={self.url!r}; expected http://HOST:PORT/retrieve")
+        try:
+            _ = urlsplit(self.url).port
+        except ValueError as error:
+            raise ConfigError(f"retriever url={self.url!r}: {error}; expected http://HOST:PORT/retrieve") from error
+        if not (math.isfinite(self.timeout_s) and self.timeout_s > 0):
+            raise ConfigError(f"retriever timeout_s={self.timeout_s}; expected a positive number of seconds")
+        for name in ("retry_window_s", "backoff_s", "max_backoff_s", "batch_window_ms"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"retriever {name}={getattr(self, name)}; expected 0 or more")
         for name in ("batch_queries", "max_requests", "max_query_chars"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"retriever {name}={getattr(self, name)}; expected at least 1")
@@ -191,10 +202,15 @@ class RetrieverClient:
 
     async def _post(self, queries: Sequence[str], topk: int) -> list[SearchResult]:
         body = request_body(RetrieveRequest(tuple(queries), topk, return_scores=True))
+        seconds = self.config.timeout_s
         try:
-            response = await self._http.post(
-                self.config.url, content=body, headers={"Content-Type": "application/json"}
-            )
+            # httpx bounds each read; an answer that drips would come through that for ever.
+            async with asyncio.timeout(seconds):
+                response = await self._http.post(
+                    self.config.url, content=body, headers={"Content-Type": "application/json"}
+                )
+        except TimeoutError as error:
+            raise _Unavailable(f"no answer within timeout_s={seconds:g}") from error
         except httpx.TransportError as error:
             raise _Unavailable(f"{type(error).__name__}: {error}".rstrip(": ")) from error
         if response.status_code >= 500:

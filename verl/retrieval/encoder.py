@@ -100,13 +100,13 @@ def load_encoder(name: str, model: str | None = None, config: EncoderConfig | No
         model: path or Hugging Face name; the spec's own model when None.
 
     Raises:
-        ConfigError: unknown name, or a model that cannot be loaded.
+        ConfigError: unknown name, a device that is not there, or a model that cannot be loaded.
     """
     if name not in ENCODERS:
         raise ConfigError(f"encoder {name!r} is unknown; expected one of {', '.join(ENCODERS)}")
     spec, config = ENCODERS[name], config or EncoderConfig()
     source = model or default_model(spec)
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(config)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -120,6 +120,17 @@ def load_encoder(name: str, model: str | None = None, config: EncoderConfig | No
     positions = getattr(network.config, "max_position_embeddings", 2 * spec.max_length)
     spec = replace(spec, max_length=_max_length(spec, positions))
     return Encoder(network.to(device).eval(), tokenizer, spec, config)
+
+
+def _device(config: EncoderConfig) -> torch.device:
+    """Return the configured device, once it is certain that something can be put there."""
+    if config.device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(1, device=config.device).device
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"encoder device={config.device!r} is not there ({reason}); pass cpu, or cuda:N") from error
 
 
 def default_model(spec: EncoderSpec) -> str:

@@ -15,10 +15,10 @@ def gold_recall(question: Question, documents: Sequence[Document]) -> float | No
 
     Titles are compared after normalisation; one that normalises to nothing is compared as it stands.
     """
-    wanted = {_title_key(title) for title in question.gold_titles}
+    wanted = {title_key(title) for title in question.gold_titles}
     if not wanted:
         return None
-    found = {_title_key(document.title) for document in documents}
+    found = {title_key(document.title) for document in documents}
     return len(wanted & found) / len(wanted)
 
 
@@ -59,5 +59,6 @@ async def context_holds_answer(evidence: Evidence) -> RewardOutcome:
     return RewardOutcome(value, {"answer_in_context": value})
 
 
-def _title_key(title: str) -> str:
+def title_key(title: str) -> str:
+    """Return what two spellings of a title have in common."""
     return normalise(title) or title.strip().lower()

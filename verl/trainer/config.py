@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from generator_llms.config import GeneratorConfig
@@ -120,6 +120,11 @@ class TrainConfig:
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     ray: RayConfig = field(default_factory=RayConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def recorded(self) -> TrainConfig:
+        """Return what goes into files and trackers: without the values of the workers' variables, which may be keys."""
+        hidden = dict.fromkeys(self.ray.environment, "***")
+        return replace(self, ray=replace(self.ray, environment=hidden))
 
     @property
     def uses_reference(self) -> bool:

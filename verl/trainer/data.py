@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_preprocess.rag_cache import TrainFilter, select
 from verl.errors import ConfigError
 from verl.evaluation.journal import fingerprint
 from verl.records import read_questions
 from verl.types import Question
 
 logger = logging.getLogger(__name__)
-
-_YES_NO = frozenset({"yes", "no", "true", "false"})
 
 
 @dataclass(frozen=True)
@@ -56,12 +55,9 @@ def training_questions(config: DataConfig) -> list[Question]:
         ConfigError: fewer questions than one step needs are left.
     """
     questions = read_questions(config.train)
-    no_yes = [q for q in questions if not (config.drop_yes_no and is_yes_no(q))]
-    kept = [q for q in no_yes if not (config.drop_rag_correct and q.baseline is not None and q.baseline.correct)]
-    logger.info(
-        "%s: %d questions, %d dropped for a yes/no gold, %d because naive RAG answers them, %d left",
-        *(config.train, len(questions), len(questions) - len(no_yes), len(no_yes) - len(kept), len(kept)),
-    )
+    kept, dropped = select(questions, TrainFilter(config.drop_yes_no, config.drop_rag_correct))
+    counts = ", ".join(f"{count} dropped ({reason})" for reason, count in dropped.items()) or "none dropped"
+    logger.info("%s: %d questions, %s, %d left", config.train, len(questions), counts, len(kept))
     if len(kept) < config.batch_size:
         raise ConfigError(
             f"{config.train} leaves {len(kept)} training questions, fewer than data.batch_size={config.batch_size}; "
@@ -71,13 +67,16 @@ def training_questions(config: DataConfig) -> list[Question]:
 
 
 def validation_questions(config: DataConfig) -> list[Question]:
-    """Read the validation questions, all or the first `validation_limit`."""
-    return read_questions(config.validation, config.validation_limit)
+    """Read the validation questions, all or the first `validation_limit`.
 
-
-def is_yes_no(question: Question) -> bool:
-    """Whether a gold is exactly yes, no, true or false, in any capitals."""
-    return any(answer.strip().lower() in _YES_NO for answer in question.answers)
+    Raises:
+        DataError: the file is missing or malformed.
+        ConfigError: it holds no question, so there is nothing to validate on.
+    """
+    questions = read_questions(config.validation, config.validation_limit)
+    if not questions:
+        raise ConfigError(f"data.validation={config.validation} holds no question; give a file with at least one row")
+    return questions
 
 
 class Shuffled:

@@ -158,8 +158,8 @@ def estimate(
     metrics = _spread("critic/score", scores)
     if ref_logprobs is not None:
         metrics["critic/kl"] = masked_mean(kl_penalty(old_logprobs, ref_logprobs, "k1"), mask).item()
-        metrics["critic/kl_coeff"] = kl_coef
         if config.kl_in_reward:
+            metrics["critic/kl_coeff"] = kl_coef
             penalty = kl_penalty(old_logprobs, ref_logprobs, config.kl_kind)
             token_rewards = token_rewards - kl_coef * torch.where(mask, penalty, 0.0)
     train = TrainBatch.of(batch, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, values=values)

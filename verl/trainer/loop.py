@@ -16,8 +16,9 @@ from transformers import AutoTokenizer
 
 from verl.algorithms.kl import AdaptiveKLController, FixedKLController, KLController
 from verl.batch import Batch, TrainBatch
-from verl.config import to_dict
+from verl.config import to_dict, to_yaml
 from verl.errors import WorkerError
+from verl.evaluation.journal import write_whole
 from verl.single_controller.cluster import cluster
 from verl.single_controller.placement import ResourcePool
 from verl.single_controller.worker_group import WorkerGroup
@@ -160,6 +161,8 @@ def train(config: TrainConfig, workers: Workers = ray_workers) -> Summary:
     checkpoints = Checkpoints(run_config.folder / "checkpoints", run_config.checkpoint)
     # A validation alone leaves the checkpoints as they are.
     start = find(run_config.resume, checkpoints) if run_config.val_only else checkpoints.begin(run_config.resume)
+    if not run_config.val_only:
+        write_whole(run_config.folder / "config.yaml", to_yaml(config.recorded()))
     while True:
         run = _Run(config, questions, held_out, checkpoints, start)
         try:
@@ -223,7 +226,7 @@ class _Run:
         return self._summary(run.total_steps)
 
     def _tracker(self, folder: Path, resume_step: int | None) -> closing[Tracker]:
-        return closing(Tracker(folder, self.config.tracking, to_dict(self.config), resume_step))
+        return closing(Tracker(folder, self.config.tracking, to_dict(self.config.recorded()), resume_step))
 
     def _train(self, done: int, learners: SavedLearners, pool: Rollouts, tracker: Tracker) -> None:
         run = self.config.trainer

@@ -12,8 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from verl.config import run_entry, to_yaml
-from verl.evaluation.journal import write_whole
+from verl.config import run_entry
 from verl.trainer.config import TrainConfig
 from verl.trainer.loop import Summary, train
 from verl.trainer.outcome import write_outcome
@@ -26,7 +25,6 @@ def run(config: TrainConfig) -> Summary:
     if config.trainer.val_only:
         return train(config)
     folder = config.trainer.folder
-    write_whole(folder / "config.yaml", to_yaml(config))
     summary = train(config)
     write_outcome(config, summary)
     logger.info("trained: %s; report.md, report.json and report.png are in %s", asdict(summary), folder)

@@ -29,14 +29,18 @@ def trajectory_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
 
     `valid_rate` is the share of trajectories that finished by themselves without an invalid turn. Per turn:
     `ratio_of_valid_action`, `invalid_actions` (its complement) and `valid_search_rate`, the share that was answered
-    by the retriever. Per question: `number_of_actions`, `searches` and `selected_documents`. `state_tokens` are those
-    that the policy sampled, `coverage` is their share of what follows the prompt.
+    by the retriever. Per question: `number_of_actions`, `searches` (also under its published name
+    `number_of_valid_search`) and `selected_documents`. `clip_ratio` is the share of trajectories that met the end of
+    the context, and of prompts too long to start from. `state_tokens` are those that the policy sampled, `coverage`
+    is their share of what follows the prompt.
     """
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     stops = Counter(trajectory.stop for trajectory in trajectories)
     recalls = [r for t in trajectories if (r := gold_recall(t.question, t.documents)) is not None]
     count = max(len(trajectories), 1)
     invalid = sum(turn.invalid for turn in turns)
+    searches = sum(trajectory.searches for trajectory in trajectories) / count
+    refused = sum(trajectory.stop is Stop.LENGTH and not trajectory.turns for trajectory in trajectories)
     sampled = [policy_tokens(trajectory) for trajectory in trajectories]
     after_prompt = sum(len(segment.ids) for trajectory in trajectories for segment in trajectory.segments)
     metrics = {
@@ -45,12 +49,15 @@ def trajectory_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         "env/finish_ratio": stops[Stop.FINISHED] / count,
         "env/turn_limit_ratio": stops[Stop.TURN_LIMIT] / count,
         "env/length_ratio": stops[Stop.LENGTH] / count,
-        "env/valid_rate": _mean([float(is_valid(trajectory)) for trajectory in trajectories]),
+        "env/valid_rate": _mean([float(trajectory.valid) for trajectory in trajectories]),
         "env/invalid_actions": invalid / max(len(turns), 1),
         "env/valid_search_rate": _mean([float(turn.result is not None) for turn in turns]),
-        "env/searches": sum(trajectory.searches for trajectory in trajectories) / count,
+        "env/searches": searches,
+        "env/number_of_valid_search": searches,
         "env/selected_documents": sum(len(turn.selected or ()) for turn in turns) / count,
         "env/documents": _mean([float(len(trajectory.documents)) for trajectory in trajectories]),
+        "response_length/clip_ratio": (stops[Stop.LENGTH] - refused) / count,
+        "prompt_length/clip_ratio": refused / count,
         "state_tokens/total": float(sum(sampled)),
         "state_tokens/coverage": sum(sampled) / max(after_prompt, 1),
     }
@@ -58,11 +65,6 @@ def trajectory_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     metrics |= _spread("response_length", sampled)
     metrics |= _spread("prompt_length", [len(trajectory.prompt_ids) for trajectory in trajectories])
     return metrics | ({"env/gold_recall": _mean(recalls)} if recalls else {})
-
-
-def is_valid(trajectory: Trajectory) -> bool:
-    """Whether it finished by itself and every turn held an action."""
-    return trajectory.stop is Stop.FINISHED and not any(turn.invalid for turn in trajectory.turns)
 
 
 def policy_tokens(trajectory: Trajectory) -> int:

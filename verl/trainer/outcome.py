@@ -41,6 +41,7 @@ def searcher(row: Row) -> dict[str, Any]:
     return {
         "accuracy": row["val/accuracy"],
         "recall": row.get("val/gold_recall"),
+        "documents": row.get("val/documents"),
         "searches": row["val/searches"],
         "n": int(row["val/n"]),
         "seconds": row["val/seconds"],
@@ -61,6 +62,7 @@ def naive_rag(questions: Sequence[Question]) -> dict[str, Any]:
     figures = {
         "accuracy": sum(baseline.correct for _, baseline in rated) / len(rated),
         "recall": sum(recalls) / len(recalls) if recalls else None,
+        "documents": sum(len(baseline.documents) for _, baseline in rated) / len(rated),
         "searches": 1.0,
         "n": len(rated),
         "seconds": 0.0,

@@ -43,7 +43,7 @@ from verl.retrieval.build import build_index
 from verl.retrieval.client import RetrieverClient
 from verl.retrieval.corpus import Corpus
 from verl.single_controller.cluster import RayConfig
-from verl.trainer import main_ppo
+from verl.trainer import main_ppo, preflight
 from verl.trainer.checkpoint import Checkpoints
 from verl.trainer.config import TrainConfig
 from verl.trainer.quickstart_services import Endpoints, QuickstartServices, Served
@@ -147,9 +147,14 @@ def quickstart(config: QuickstartConfig, train: Train | None = None) -> dict[str
 
     Returns:
         The report.
+
+    Raises:
+        ConfigError: the training could not run as configured; found before a service is started.
     """
     started = time.perf_counter()
     recipe, files, stages = training_config(config), Layout(config.output), Stages(config.output)
+    if train is not None:
+        preflight.check(recipe, ())  # the training checks its questions too, which are not there yet
     served = Served(config.generator_model, files.index, files.world.corpus, config.output)
     with QuickstartServices(recipe, served, stages, config.documents.baseline_k) as services:
         run = _Pipeline(config, recipe, files, stages, services)

@@ -24,6 +24,8 @@ from verl.workers.weight_sync import Transport
 
 START_SECONDS = 600.0
 STOP_SECONDS = 30.0
+# Far beyond what a question takes, all of the clients' retry windows included.
+STALL_SECONDS = 3600.0
 
 Progress = Callable[[int], None]
 
@@ -54,11 +56,13 @@ class RolloutPool:
     Attributes:
         in_flight: trajectories that one worker holds at a time.
         sleeps: engines share their devices with the training and give the memory back between rollouts.
+        stall_seconds: a rollout of which nothing ends for so long hangs, and is given up.
     """
 
     group: WorkerGroup
     in_flight: int
     sleeps: bool = False
+    stall_seconds: float = STALL_SECONDS
     _version: int = field(default=0, init=False)
     _train: WorkerGroup | None = field(default=None, init=False)
     _transport: Transport = field(default="copy", init=False)
@@ -89,7 +93,7 @@ class RolloutPool:
         With `sampling.seed` set, sample k of question i always gets the same seed, whichever worker plays it.
 
         Raises:
-            WorkerError: a worker died or failed.
+            WorkerError: a worker died, failed or hangs.
         """
         with self._on_the_device():
             return self._collect(questions, samples, sampling, progress)
@@ -106,7 +110,11 @@ class RolloutPool:
         for worker, (index, question) in zip(workers, waiting, strict=False):
             running[self._submit(worker, index, question, samples, sampling)] = (index, worker)
         while running:
-            (done,), _ = ray.wait(list(running), num_returns=1)
+            ended, _ = ray.wait(list(running), num_returns=1, timeout=self.stall_seconds)
+            if not ended:
+                hanging = sorted({worker for _, worker in running.values()})
+                raise self.group.fail(f"rollout workers {hanging} finished no question in {self.stall_seconds:g} s")
+            (done,) = ended
             index, worker = running.pop(done)
             results[index] = self._result(done, worker)
             if progress:

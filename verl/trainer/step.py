@@ -110,6 +110,10 @@ class Stopwatch:
         parts = {f"timing_s/{stage}": seconds for stage, seconds in self.seconds.items()}
         return parts | {"timing_s/idle": total - sum(self.seconds.values()), "timing_s/step": total}
 
+    def per_token(self, tokens: int) -> dict[str, float]:
+        """Return `timing_per_token_ms/<stage>`, over the `tokens` of the batch, prompts and observations included."""
+        return {f"timing_per_token_ms/{stage}": 1000 * s / max(tokens, 1) for stage, s in self.seconds.items()}
+
 
 @dataclass
 class Stepper:
@@ -160,7 +164,7 @@ class Stepper:
                 self.pool.publish(step)
             self._adapt_kl(metrics, len(samples))
         metrics |= rollout_metrics(everything) | _mismatch(batch, old, samples, version)
-        metrics |= _throughput(everything, watch) | watch.metrics()
+        metrics |= _throughput(everything, watch) | watch.metrics() | watch.per_token(int(batch.lengths.sum()))
         self.sentinel.check_updates(metrics)
         return metrics
 
@@ -222,12 +226,16 @@ class Stepper:
 
 
 def _throughput(samples: Sequence[Sample], watch: Stopwatch) -> dict[str, float]:
-    """Say what the rollout spent its time on; waits are shares because trajectories overlap."""
+    """Say what the rollout spent its time on; waits are means per trajectory and shares, because they overlap."""
     turns = [turn for sample in samples for turn in sample.trajectory.turns]
     seconds = max(sum(sample.seconds for sample in samples), 1e-9)
+    searching = sum(sample.search_seconds for sample in samples)
+    scoring = sum(sample.reward_seconds for sample in samples)
     return {
-        "rollout/search_wait_share": sum(sample.search_seconds for sample in samples) / seconds,
-        "rollout/reward_wait_share": sum(sample.reward_seconds for sample in samples) / seconds,
+        "rollout/search_wait_s": searching / len(samples),
+        "rollout/reward_wait_s": scoring / len(samples),
+        "rollout/search_wait_share": searching / seconds,
+        "rollout/reward_wait_share": scoring / seconds,
         "rollout/tokens_per_second": sum(policy_tokens(sample.trajectory) for sample in samples)
         / max(watch.seconds["rollout"], 1e-9),
         "rollout/dropped_documents": float(sum(turn.dropped for turn in turns)),
