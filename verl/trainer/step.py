@@ -140,7 +140,7 @@ class Stepper:
         """
         config, watch, version = self.config, Stopwatch(), self.pool.version
         with watch("rollout"):
-            everything, samples = self.schedule.take(step)
+            everything, samples, rollout_seconds = self.schedule.take(step)
         self._dump(step, everything)
         self._check(step, everything, samples)
         with watch("collate"):
@@ -164,17 +164,19 @@ class Stepper:
                 self.pool.publish(step)
             self._adapt_kl(metrics, len(samples))
         metrics |= rollout_metrics(everything) | _mismatch(batch, old, samples, version)
-        metrics |= _throughput(everything, watch) | watch.metrics() | watch.per_token(int(batch.lengths.sum()))
+        metrics |= (
+            _throughput(everything, rollout_seconds) | watch.metrics() | watch.per_token(int(batch.lengths.sum()))
+        )
         self.sentinel.check_updates(metrics)
         return metrics
 
-    def _samples(self, step: int) -> tuple[list[Sample], list[Sample]]:
-        """Roll out until the step is full; return all samples, and those that are learned from.
+    def _samples(self, step: int) -> tuple[list[Sample], list[Sample], float]:
+        """Roll out until the step is full; return all samples, those that are learned from, and the seconds.
 
         With dynamic sampling further questions are drawn in the place of those whose group teaches nothing, up to the
         configured number of draws.
         """
-        config = self.config
+        config, began = self.config, time.perf_counter()
         everything: list[Sample] = []
         kept: list[list[Sample]] = []
         for draw in range(max(1, config.algorithm.dynamic_sampling)):
@@ -185,7 +187,7 @@ class Stepper:
             groups = self.pool.collect(self.source.take(missing), config.samples, sampling, self.progress)
             everything += flat(groups)
             kept += [group for group in map(self._learnable, groups) if group]
-        return everything, list(flat(kept))
+        return everything, list(flat(kept)), time.perf_counter() - began
 
     def _learnable(self, group: list[Sample]) -> list[Sample]:
         """Return what of a question's samples is learned from.
@@ -225,7 +227,7 @@ class Stepper:
         append_trajectories(path, [(sample.trajectory, sample.outcome) for sample in samples])
 
 
-def _throughput(samples: Sequence[Sample], watch: Stopwatch) -> dict[str, float]:
+def _throughput(samples: Sequence[Sample], rollout_seconds: float) -> dict[str, float]:
     """Say what the rollout spent its time on; waits are means per trajectory and shares, because they overlap."""
     turns = [turn for sample in samples for turn in sample.trajectory.turns]
     seconds = max(sum(sample.seconds for sample in samples), 1e-9)
@@ -237,7 +239,7 @@ def _throughput(samples: Sequence[Sample], watch: Stopwatch) -> dict[str, float]
         "rollout/search_wait_share": searching / seconds,
         "rollout/reward_wait_share": scoring / seconds,
         "rollout/tokens_per_second": sum(policy_tokens(sample.trajectory) for sample in samples)
-        / max(watch.seconds["rollout"], 1e-9),
+        / max(rollout_seconds, 1e-9),
         "rollout/dropped_documents": float(sum(turn.dropped for turn in turns)),
     }
 
