@@ -43,9 +43,10 @@ PUBLISHED = {
     *("env/number_of_valid_search", "response_length/clip_ratio", "prompt_length/clip_ratio"),
     *(f"timing_per_token_ms/{stage}" for stage in ("rollout", "ref", "update_actor")),
     *(f"reward/utility_{u}_gen_{g}" for u, g in ((1, 1), (0, 1), (0, 0), (-1, 0))),
-    *("state_tokens/total", "state_tokens/coverage", "critic/kl", "critic/kl_coeff"),
+    *("state_tokens/total", "state_tokens/coverage", "critic/kl"),
 }
 CRITIC = {
+    "critic/kl_coeff",  # of the KL in the reward
     *(f"critic/{name}/{kind}" for name in ("returns", "values") for kind in SPREAD),
     *(f"critic/{name}" for name in ("vf_loss", "vf_clipfrac", "vpred_mean", "vf_explained_var", "grad_norm", "lr")),
 }

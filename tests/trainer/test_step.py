@@ -235,7 +235,7 @@ def test_waiting_and_tokens_are_summed_over_all_trajectories() -> None:
     tokens = 1000 * metrics["timing_s/adv"] / metrics["timing_per_token_ms/adv"]
     assert metrics["timing_per_token_ms/rollout"] == pytest.approx(1000 * metrics["timing_s/rollout"] / tokens)
     assert tokens == pytest.approx(round(tokens), abs=1e-3) and tokens > 18
-    assert metrics["rollout/tokens_per_second"] == pytest.approx(18 / metrics["timing_s/rollout"])
+    assert metrics["rollout/tokens_per_second"] == pytest.approx(18 / metrics["rollout/seconds"])
     assert metrics["rollout/dropped_documents"] == 0
 
 

@@ -240,6 +240,7 @@ def _throughput(samples: Sequence[Sample], rollout_seconds: float) -> dict[str, 
         "rollout/reward_wait_share": scoring / seconds,
         "rollout/tokens_per_second": sum(policy_tokens(sample.trajectory) for sample in samples)
         / max(rollout_seconds, 1e-9),
+        "rollout/seconds": rollout_seconds,
         "rollout/dropped_documents": float(sum(turn.dropped for turn in turns)),
     }
 
