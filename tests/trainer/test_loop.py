@@ -161,7 +161,7 @@ def run(config: TrainConfig, office: Office | None = None) -> tuple[Summary, Off
 
 def figures(folder: Path) -> list[dict[str, float]]:
     """The metrics, without what the clock says."""
-    timed = ("timing_", "rollout/tokens_per_second", "val/seconds")
+    timed = ("timing_", "rollout/tokens_per_second", "rollout/seconds", "val/seconds")
     return [
         {key: value for key, value in row.items() if not key.startswith(timed)}
         for row in read_all(folder / "metrics.jsonl")
