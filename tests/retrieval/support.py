@@ -13,6 +13,7 @@ import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from verl.retrieval.corpus import Corpus
+from verl.retrieval.engine import EngineInfo
 from verl.types import SearchResult
 
 PASSAGES = (
@@ -71,6 +72,14 @@ class FakeEngine:
     calls: list[tuple[list[str], int]] = field(default_factory=list)
     gate: threading.Event | None = None
     started: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def info(self) -> EngineInfo:
+        corpus = self.corpus.fingerprint
+        return EngineInfo(self.name, len(self.corpus), len(self.corpus), corpus, f"{self.name}-{corpus}")
+
+    def close(self) -> None:
+        pass
 
     def search(self, queries: Sequence[str], topk: int) -> list[SearchResult]:
         self.calls.append((list(queries), topk))

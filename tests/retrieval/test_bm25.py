@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from tests.retrieval.support import PASSAGES, open_corpus
 from verl.errors import ConfigError, DataError, RetrieverError
-from verl.retrieval.bm25 import Analyzer, BM25Engine, open_engine, top_rows, write_index
+from verl.retrieval.bm25 import Analyzer, BM25Engine, candidates, open_engine, write_index
 from verl.retrieval.corpus import Corpus
 from verl.retrieval.settings import BM25Config
 
@@ -121,7 +121,8 @@ def test_a_damaged_index_is_refused(corpus: Corpus, tmp_path: Path) -> None:
     hnp.arrays(np.float32, st.integers(1, 30), elements=st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0])),
     st.data(),
 )
-def test_top_rows_is_a_stable_sort_of_the_positive_scores(scores: np.ndarray, data: st.DataObject) -> None:
+def test_candidates_hold_the_best_positive_scores_with_all_ties(scores: np.ndarray, data: st.DataObject) -> None:
     topk = data.draw(st.integers(1, len(scores)))
-    expected = sorted((row for row in range(len(scores)) if scores[row] > 0), key=lambda row: (-scores[row], row))
-    assert top_rows(scores, topk).tolist() == expected[:topk]
+    positive = [row for row in range(len(scores)) if scores[row] > 0]
+    floor = sorted((scores[row] for row in positive), reverse=True)[:topk][-1] if positive else 0
+    assert candidates(scores, topk).tolist() == [row for row in positive if scores[row] >= floor]

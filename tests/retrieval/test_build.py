@@ -9,8 +9,9 @@ from tests.retrieval.support import PASSAGES, open_corpus
 from verl.errors import ConfigError, DataError
 from verl.retrieval.build import BuildOptions, build_index
 from verl.retrieval.corpus import Corpus
+from verl.retrieval.encoder_spec import EncoderConfig
 from verl.retrieval.engine import IndexInfo, open_index
-from verl.retrieval.settings import BM25Config, EncoderConfig
+from verl.retrieval.settings import BM25Config
 
 
 def test_bm25_is_built_and_opened_from_the_folder_or_a_file_in_it(corpus: Corpus, tmp_path: Path) -> None:
@@ -20,7 +21,7 @@ def test_bm25_is_built_and_opened_from_the_folder_or_a_file_in_it(corpus: Corpus
     assert IndexInfo.load(target).same_as(info)
     for path in (target, target / "index.json"):
         engine = open_index(path, corpus, "bm25")
-        assert engine.name == "bm25"
+        assert engine.info.name == "bm25"
         assert engine.search(["river"], 1)[0].documents[0].id == "d2"
     assert [entry.name for entry in target.parent.iterdir()] == ["bm25"], "nothing unfinished may stay behind"
 
@@ -30,7 +31,7 @@ def test_dense_is_built_and_opened(corpus: Corpus, tiny_bert: Path, tmp_path: Pa
     build_index(corpus, "bge", tmp_path / "index", options)
     assert sorted(p.name for p in (tmp_path / "index").iterdir()) == ["bge_Flat.index", "index.json"]
     engine = open_index(tmp_path / "index" / "bge_Flat.index", corpus, "bge")
-    assert engine.name == "bge" and len(engine.search(["river"], 8)[0].documents) == 8
+    assert engine.info.name == "bge" and len(engine.search(["river"], 8)[0].documents) == 8
 
 
 def test_an_index_for_another_corpus_is_refused(corpus: Corpus, tmp_path: Path) -> None:

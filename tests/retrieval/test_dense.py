@@ -13,10 +13,10 @@ from transformers import AutoModel, AutoTokenizer
 from tests.retrieval.support import PASSAGES, open_corpus, write_tiny_bert
 from verl.errors import ConfigError, DataError, RetrieverError
 from verl.retrieval.corpus import Corpus
-from verl.retrieval.dense import DenseEngine, index_file, open_engine, write_index
+from verl.retrieval.dense import DenseEngine, index_file, index_info, open_engine, write_index
 from verl.retrieval.encoder import Encoder, load_encoder
+from verl.retrieval.encoder_spec import ENCODERS, EncoderConfig
 from verl.retrieval.engine import IndexInfo
-from verl.retrieval.settings import ENCODERS, EncoderConfig
 
 TEXTS = ["the river", "capital of the planet is 42, or so they say", "x", "", "a longer text: " + "word " * 8]
 PREFIXES = {
@@ -182,7 +182,9 @@ def test_minilm_finds_the_passage(minilm: Encoder, tmp_path: Path) -> None:
     corpus = open_corpus(tmp_path)
     index = faiss.IndexFlatIP(minilm.width)
     index.add(minilm.encode_passages([document.contents for document in corpus.documents()]))
-    results = DenseEngine("minilm", index, minilm, corpus).search(["which metal melts easily", "Germany's seat"], 1)
+    results = DenseEngine(index_info(corpus, "minilm", None), index, minilm, corpus).search(
+        ["which metal melts easily", "Germany's seat"], 1
+    )
     assert [result.documents[0].id for result in results] == ["d4", "d1"]
 
 

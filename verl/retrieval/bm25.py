@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from verl.errors import ConfigError, DataError
 from verl.retrieval.corpus import Corpus
-from verl.retrieval.engine import IndexInfo, check_topk
+from verl.retrieval.engine import IndexInfo, check_topk, engine_info
+from verl.retrieval.ranking import best_first
 from verl.retrieval.settings import BM25Config
 from verl.typed import Decoder
 from verl.types import SearchResult
@@ -57,9 +58,8 @@ class BM25Engine:
     does not depend on the batch it comes in.
     """
 
-    name = "bm25"
-
-    def __init__(self, index: bm25s.BM25, analyzer: Analyzer, corpus: Corpus) -> None:
+    def __init__(self, info: IndexInfo, index: bm25s.BM25, analyzer: Analyzer, corpus: Corpus) -> None:
+        self.info = engine_info(info)
         self._index = index
         self._vocabulary: Mapping[str, int] = index.vocab_dict
         self._analyzer = analyzer
@@ -67,7 +67,7 @@ class BM25Engine:
 
     def search(self, queries: Sequence[str], topk: int) -> list[SearchResult]:
         """See `verl.retrieval.engine.Engine.search`."""
-        check_topk(topk, self.corpus)
+        check_topk(topk, self.info)
         return [self._search(query, topk) for query in queries]
 
     def _search(self, query: str, topk: int) -> SearchResult:
@@ -75,24 +75,24 @@ class BM25Engine:
         if not terms:
             return SearchResult(query, (), ())
         scores = self._index.get_scores_from_ids(terms)
-        rows = top_rows(scores, topk)
-        documents = tuple(self.corpus[int(row)] for row in rows)
-        return SearchResult(query, documents, tuple(float(score) for score in scores[rows]))
+        rows = candidates(scores, topk)
+        return best_first(self.corpus, query, rows, scores[rows], topk)
+
+    def close(self) -> None:
+        """See `verl.retrieval.engine.Engine.close`."""
 
 
-def top_rows(scores: np.ndarray, topk: int) -> np.ndarray:
-    """Return the rows of the `topk` highest positive scores, best first, equal ones in row order.
+def candidates(scores: np.ndarray, topk: int) -> np.ndarray:
+    """Return the rows with a positive score of at least the `topk`-th best one, in row order.
 
     Args:
         scores: (documents,) float32, none negative.
 
     Returns:
-        (at most topk,) int64
+        (at least topk, if so many are positive,) int64
     """
     floor = np.partition(scores, -topk)[-topk]
-    candidates = np.flatnonzero(scores >= floor) if floor > 0 else np.flatnonzero(scores > 0)
-    best = np.argsort(-scores[candidates], kind="stable")[:topk]
-    return candidates[best]
+    return np.flatnonzero(scores >= floor) if floor > 0 else np.flatnonzero(scores > 0)
 
 
 def write_index(corpus: Corpus, folder: Path, config: BM25Config) -> IndexInfo:
@@ -141,7 +141,7 @@ def open_engine(folder: Path, corpus: Corpus, info: IndexInfo) -> BM25Engine:
             f"{len(index.scores['indptr']) - 1} terms, expected {len(corpus)} and {len(index.vocab_dict)}; build it "
             "again with --overwrite"
         )
-    return BM25Engine(index, Analyzer(config), corpus)
+    return BM25Engine(info, index, Analyzer(config), corpus)
 
 
 def _terms(corpus: Corpus, analyzer: Analyzer) -> Iterator[list[str]]:

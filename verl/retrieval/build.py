@@ -13,8 +13,9 @@ from pathlib import Path
 
 from verl.errors import ConfigError, DataError, SearchAgentError
 from verl.retrieval.corpus import Corpus
+from verl.retrieval.encoder_spec import EncoderConfig
 from verl.retrieval.engine import INFO_NAME, IndexInfo
-from verl.retrieval.settings import RETRIEVERS, BM25Config, EncoderConfig, check_retriever
+from verl.retrieval.settings import RETRIEVERS, BM25Config, check_retriever
 
 logger = logging.getLogger(__name__)
 

@@ -85,6 +85,10 @@ class Corpus:
             raise IndexError(f"row {row} is outside the corpus's {self._rows} documents (0 to {self._rows - 1})")
         return Document(self._ids[row].as_py(), self._titles[row].as_py(), self._texts[row].as_py())
 
+    def ids(self, rows: np.ndarray) -> list[str]:
+        """Return the ids of the documents at `rows`, (n,) int64, without reading their texts."""
+        return self._ids.take(pa.array(rows)).to_pylist()
+
     def documents(self, start: int = 0, stop: int | None = None) -> Iterator[Document]:
         """Yield the documents of rows `start` to `stop` (exclusive; the end when None), reading a block at a time."""
         stop = self._rows if stop is None else min(stop, self._rows)

@@ -15,8 +15,9 @@ from tqdm import tqdm
 from verl.errors import ConfigError, DataError
 from verl.retrieval.corpus import Corpus
 from verl.retrieval.encoder import Encoder, load_encoder
-from verl.retrieval.engine import IndexInfo, check_topk
-from verl.retrieval.settings import ENCODERS, EncoderConfig
+from verl.retrieval.encoder_spec import ENCODERS, EncoderConfig
+from verl.retrieval.engine import IndexInfo, check_topk, engine_info
+from verl.retrieval.ranking import best_first
 from verl.types import SearchResult
 
 logger = logging.getLogger(__name__)
@@ -30,25 +31,22 @@ hardware leave 0.999 and more, another model leaves nearly nothing."""
 class DenseEngine:
     """Searches a dense index; every document has a score, so every query gets `topk` documents."""
 
-    def __init__(self, name: str, index: faiss.Index, encoder: Encoder, corpus: Corpus) -> None:
-        self.name = name
+    def __init__(self, info: IndexInfo, index: faiss.Index, encoder: Encoder, corpus: Corpus) -> None:
         self.corpus = corpus
+        self.info = engine_info(info)
         self._index = index
         self._encoder = encoder
 
     def search(self, queries: Sequence[str], topk: int) -> list[SearchResult]:
         """See `verl.retrieval.engine.Engine.search`."""
-        check_topk(topk, self.corpus)
+        check_topk(topk, self.info)
         if not queries:
             return []
         scores, rows = self._index.search(self._encoder.encode_queries(queries), topk)
-        return [self._result(*hit) for hit in zip(queries, scores, rows, strict=True)]
+        return [best_first(self.corpus, *hit, topk) for hit in zip(queries, rows, scores, strict=True)]
 
-    def _result(self, query: str, scores: np.ndarray, rows: np.ndarray) -> SearchResult:
-        """Name the documents; scores: (topk,) float32, rows: (topk,) int64, which FAISS leaves unordered in ties."""
-        order = np.lexsort((rows, -scores))
-        documents = tuple(self.corpus[int(row)] for row in rows[order])
-        return SearchResult(query, documents, tuple(float(score) for score in scores[order]))
+    def close(self) -> None:
+        """See `verl.retrieval.engine.Engine.close`."""
 
 
 def write_index(
@@ -113,7 +111,7 @@ def open_engine(
         )
     encoder = load_encoder(info.retriever, model or info.model)
     _check_encoder(index, encoder, corpus, path)
-    return DenseEngine(info.retriever, index, encoder, corpus)
+    return DenseEngine(info, index, encoder, corpus)
 
 
 def _check_encoder(index: faiss.Index, encoder: Encoder, corpus: Corpus, path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from verl.errors import ConfigError
-from verl.retrieval.settings import ENCODERS, EncoderConfig, EncoderSpec
+from verl.retrieval.encoder_spec import ENCODERS, EncoderConfig, EncoderSpec
 
 logger = logging.getLogger(__name__)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,29 +19,56 @@ INFO_NAME = "index.json"
 _FORMAT = 1
 
 
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine says about itself; answered by `/info`.
+
+    Attributes:
+        name: the retriever's name, for example `"bm25"`.
+        documents: size of what is searched, None where nobody knows it (the web).
+        max_topk: the largest `topk` that can be asked for.
+        corpus: fingerprint of the corpus, empty where there is none.
+        fingerprint: of everything that decides a result: corpus, index, encoder and search settings. Two engines with
+            one fingerprint answer alike, so it keys the caches of results.
+        details: more to show, for example the kind of index and the model.
+    """
+
+    name: str
+    documents: int | None
+    max_topk: int
+    corpus: str
+    fingerprint: str
+    details: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
+
+
 class Engine(Protocol):
-    """Something that searches one corpus. Calls are blocking and never concurrent; the server sees to that."""
+    """Something that can be searched. Calls are blocking and never concurrent; the server sees to that."""
 
     @property
-    def name(self) -> str:
-        """The retriever's name, for example `"bm25"`."""
+    def info(self) -> EngineInfo:
+        """What this is; constant over the engine's life."""
         ...
 
-    @property
-    def corpus(self) -> Corpus:
-        """What is searched."""
-        ...
-
-    def search(self, queries: Sequence[str], topk: int) -> list[SearchResult]:
+    def search(self, queries: Sequence[str], topk: int) -> Sequence[SearchResult | RetrieverError]:
         """Return one result per query, in order, each with at most `topk` documents, best first.
 
-        Documents with equal scores come in corpus order, so the result for a smaller `topk` is the head of the result
-        for a larger one.
+        Documents with equal scores come in the order of their ids, so the result for a smaller `topk` is the head of
+        the result for a larger one, and no result depends on the other queries of the call. An error in place of a
+        result concerns that query alone; only engines that ask other services have a use for it.
 
         Raises:
-            RetrieverError: `topk` is not between 1 and the size of the corpus.
+            RetrieverError: `topk` is not between 1 and `info.max_topk`.
         """
         ...
+
+    def close(self) -> None:
+        """Release files, threads and connections; the engine cannot be used afterwards."""
+        ...
+
+
+def digest(*parts: object) -> str:
+    """Return a sha256 of JSON values, for an engine's fingerprint."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +121,13 @@ class IndexInfo:
         return mine == (other.retriever, other.model, other.fingerprint, other.documents, dict(other.settings))
 
 
+def engine_info(info: IndexInfo, **details: str | int | float | bool | None) -> EngineInfo:
+    """Return what an engine over one index says about itself."""
+    known = {"model": info.model, **info.settings, **details}
+    identity = digest(info.retriever, info.model, info.fingerprint, known)
+    return EngineInfo(info.retriever, info.documents, info.documents, info.fingerprint, identity, known)
+
+
 def open_index(
     index_path: str | Path,
     corpus: Corpus,
@@ -138,16 +173,23 @@ def open_index(
     return dense.open_engine(folder, corpus, info, model, threads)
 
 
-def check_topk(topk: int, corpus: Corpus) -> None:
-    """Refuse a `topk` that the corpus cannot serve.
+def check_topk(topk: int, info: EngineInfo) -> None:
+    """Refuse a `topk` that the engine cannot serve.
 
     Raises:
-        RetrieverError: `topk` is not between 1 and the size of the corpus.
+        RetrieverError: `topk` is not between 1 and `info.max_topk`.
     """
     if topk < 1:
         raise RetrieverError(f"topk={topk}; expected at least 1")
-    if topk > len(corpus):
-        raise RetrieverError(f"topk={topk} exceeds the corpus's {len(corpus)} documents; lower topk")
+    if topk > info.max_topk:
+        raise RetrieverError(f"topk={topk} exceeds {extent(info)}; lower topk")
+
+
+def extent(info: EngineInfo) -> str:
+    """Say what bounds `topk`, for messages."""
+    if info.documents == info.max_topk:
+        return f"the corpus's {info.documents} documents"
+    return f"{info.name}'s most, {info.max_topk} documents"
 
 
 def _index_folder(path: Path) -> Path:

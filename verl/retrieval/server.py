@@ -20,10 +20,10 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from verl.errors import ConfigError, SearchAgentError
+from verl.errors import ConfigError, RetrieverError, SearchAgentError
 from verl.retrieval.batching import MicroBatcher
 from verl.retrieval.corpus import Corpus
-from verl.retrieval.engine import Engine, open_index
+from verl.retrieval.engine import Engine, extent, open_index
 from verl.retrieval.settings import RETRIEVERS, check_retriever
 from verl.retrieval.wire import RefusedRequest, RequestLimits, error_body, parse_request, response_body
 from verl.types import SearchResult
@@ -83,8 +83,8 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
     Raises:
         ConfigError: the default `topk` exceeds the corpus.
     """
-    if config.topk > len(engine.corpus):
-        raise ConfigError(f"topk={config.topk} exceeds the corpus's {len(engine.corpus)} documents; lower --topk")
+    if config.topk > engine.info.max_topk:
+        raise ConfigError(f"topk={config.topk} exceeds {extent(engine.info)}; lower --topk")
     searcher = _BatchedSearch(engine, config)
 
     @asynccontextmanager
@@ -101,7 +101,7 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
     @app.post("/retrieve", openapi_extra={"requestBody": body_docs})
     async def retrieve(request: Request) -> Response:
         body = await _read_body(request, config)
-        asked = parse_request(body, config.limits, config.topk, len(engine.corpus))
+        asked = parse_request(body, config.limits, config.topk, engine.info.max_topk)
         results = await searcher(asked.queries, asked.topk)
         return Response(response_body(results, asked.return_scores), media_type="application/json")
 
@@ -109,9 +109,9 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
     async def health() -> dict[str, Any]:
         return {
             "status": "ok",
-            "retriever": engine.name,
-            "documents": len(engine.corpus),
-            "fingerprint": engine.corpus.fingerprint,
+            "retriever": engine.info.name,
+            "documents": engine.info.documents,
+            "fingerprint": engine.info.corpus,
         }
 
     return app
@@ -134,13 +134,15 @@ class _BatchedSearch:
         await self._batcher.drain()
         self._thread.shutdown()
 
-    async def _run(self, jobs: Sequence[tuple[str, int]]) -> list[SearchResult]:
+    async def _run(self, jobs: Sequence[tuple[str, int]]) -> list[SearchResult | Exception]:
         """Search once for the largest `topk`; the result for a smaller one is the head of it (see `Engine`)."""
         queries, largest = [query for query, _ in jobs], max(topk for _, topk in jobs)
         loop = asyncio.get_running_loop()
         results = await loop.run_in_executor(self._thread, self._engine.search, queries, largest)
         return [
-            SearchResult(result.query, result.documents[:topk], result.scores[:topk])
+            result
+            if isinstance(result, RetrieverError)
+            else SearchResult(result.query, result.documents[:topk], result.scores[:topk])
             for result, (_, topk) in zip(results, jobs, strict=True)
         ]
 
@@ -209,7 +211,7 @@ def serve(engine: Engine, config: ServerConfig, listener: socket.socket) -> None
     """Answer requests until SIGTERM or SIGINT, then finish those in flight."""
     app = create_app(engine, config)
     host, port = listener.getsockname()[:2]
-    logger.info("%s: %d documents at http://%s:%d/retrieve", engine.name, len(engine.corpus), host, port)
+    logger.info("%s: %s documents at http://%s:%d/retrieve", engine.info.name, engine.info.documents, host, port)
     # uvicorn finishes its work on either signal and then raises it again: all was done as asked, so the process ends
     # with 0.
     for stop in (signal.SIGTERM, signal.SIGINT):
