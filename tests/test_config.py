@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from verl.config import build, compose, run_entry, to_dict, to_yaml
 from verl.errors import ConfigError, ServiceError
+from verl.typed import leaves
 
 
 class Kind(str, Enum):
@@ -275,3 +276,41 @@ def test_errors_on_purpose_are_told_without_a_traceback(configs: Path, capsys: p
 
     assert run_entry("train", Root, [], fail, configs) == 1
     assert capsys.readouterr().err == "error: the generator ended\nits log ends with: out of memory\n"
+
+
+@dataclass(frozen=True)
+class Cat:
+    lives: int = 9
+    kind: Literal["cat"] = "cat"
+
+
+@dataclass(frozen=True)
+class Dog:
+    tricks: int = 0
+    kind: Literal["dog"] = "dog"
+
+
+@dataclass(frozen=True)
+class Home:
+    pet: Cat | Dog = field(default_factory=lambda: Cat(lives=7))
+
+
+def test_a_union_of_dataclasses_is_told_apart_by_its_tag() -> None:
+    assert build(Home, {}) == Home(Cat(7))
+    assert build(Home, {"pet": {}}) == Home(Cat(7)), "without a tag the default's class, and its values"
+    assert build(Home, {"pet": {"kind": "dog", "tricks": 2}}) == Home(Dog(2))
+    assert build(Home, to_dict(Home(Dog(3)))) == Home(Dog(3))
+    assert [leaf.key for leaf in leaves(Home)] == ["pet.lives", "pet.kind"]
+
+
+@pytest.mark.parametrize(
+    ("pet", "message"),
+    [
+        ({"kind": "dgo"}, "pet.kind='dgo' .*expected one of 'cat', 'dog'; did you mean 'dog'"),
+        ({"kind": "dog", "lives": 3}, "unknown key 'pet.lives'; did you mean 'pet.tricks'"),
+        (3, "pet=3"),
+    ],
+)
+def test_a_wrong_tag_or_a_key_of_another_member_is_refused(pet: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(Home, {"pet": pet})

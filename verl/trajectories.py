@@ -22,10 +22,10 @@ def trajectory_record(
 
     Args:
         with_ids: keep prompt ids and segments (token ids, log-probabilities, roles), which dominate the size; without
-            them `prompt_ids` and every turn's `segments` are empty lists.
+            them every `prompt_ids` and every turn's `segments` are empty lists.
     """
     if not with_ids:
-        turns = tuple(replace(turn, segments=()) for turn in trajectory.turns)
+        turns = tuple(replace(turn, segments=(), prompt_ids=()) for turn in trajectory.turns)
         trajectory = replace(trajectory, prompt_ids=(), turns=turns)
     record = encode(trajectory, nan_as_null=True)
     return record | {"outcome": encode(outcome, nan_as_null=True)}

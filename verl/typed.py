@@ -3,6 +3,9 @@
 Supported field types: bool, int, float, str, Path, Any, None, dataclasses, Optional and other unions, Literal, Enum,
 `tuple[X, ...]`, `tuple[X, Y]`, `list[X]`, `Sequence[X]`, `dict[str, X]` and `Mapping[str, X]`. Nothing is coerced
 except int to float, str to Path and a list to a tuple; an unknown key is an error, never ignored.
+
+A union of several dataclasses is told apart by a tag: the one field that each of them declares as a `Literal` of its
+own single value. Without the tag a mapping is read as the class of the default.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ def leaves(schema: type, prefix: str = "", base: Any = REQUIRED) -> Iterator[Lea
     for item, kind in _schema_fields(schema):
         key = f"{prefix}{item.name}"
         default = getattr(base, item.name) if is_dataclass(base) else default_of(item)
-        nested = _only_dataclass(kind)
+        nested = _only_dataclass(kind) or (type(default) if is_dataclass(default) else None)
         if nested is None or default is None:
             yield Leaf(key, kind, default)
         else:
@@ -144,6 +147,8 @@ class Decoder:
         members = [member for member in members if member is not types.NoneType]
         if isinstance(value, Mapping) and (nested := _only_dataclass(kind)):
             return self.decode(nested, value, path, base)
+        if isinstance(value, Mapping) and (tag := _tag(kind)):
+            return self._tagged(tag, value, path, base)
         if len(members) == 1 and not is_dataclass(members[0]):
             return self.decode(members[0], value, path, base)
         for member in members:
@@ -152,6 +157,13 @@ class Decoder:
             except self.error:
                 continue
         raise self._mismatch(kind, value, path)
+
+    def _tagged(self, tag: _Tag, value: Mapping, path: str, base: Any) -> Any:
+        usual = type(base) if type(base) in tag.classes.values() else next(iter(tag.classes.values()))
+        key = f"{path}.{tag.name}" if path else tag.name
+        name = value.get(tag.name, tag.value_of(usual))
+        chosen = tag.classes[self._choice(Literal[tuple(tag.classes)], list(tag.classes), name, key)]
+        return self.decode(chosen, value, path, base if type(base) is chosen else REQUIRED)
 
     def _choice(self, kind: Any, options: Sequence[Any], value: Any, path: str) -> Any:
         for option in options:
@@ -254,6 +266,36 @@ def _only_dataclass(kind: Any) -> Any:
         return None
     members = [member for member in get_args(kind) if is_dataclass(member)]
     return members[0] if len(members) == 1 else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Tag:
+    """The field that tells the dataclasses of a union apart, and the class of each of its values."""
+
+    name: str
+    classes: Mapping[str, type]
+
+    def value_of(self, kind: type) -> str:
+        return next(value for value, member in self.classes.items() if member is kind)
+
+
+@cache
+def _tag(kind: Any) -> _Tag | None:
+    """Return the tag of a union of dataclasses, None where there is none."""
+    members = [member for member in get_args(kind) if member is not types.NoneType]
+    if len(members) < 2 or not all(is_dataclass(member) for member in members):
+        return None
+    literals = [_single_literals(member) for member in members]
+    for name in literals[0]:
+        values = [found.get(name) for found in literals]
+        if None not in values and len(set(values)) == len(values):
+            return _Tag(name, dict(zip(values, members, strict=True)))
+    return None
+
+
+def _single_literals(schema: type) -> dict[str, str]:
+    found = ((item.name, get_args(kind)) for item, kind in _schema_fields(schema) if get_origin(kind) is Literal)
+    return {name: options[0] for name, options in found if len(options) == 1}
 
 
 @cache

@@ -111,6 +111,9 @@ class Turn:
         invalid: the turn held neither a query nor a completion.
         result: what the retriever returned for `query`, as far as the policy was shown it, or None.
         dropped: documents left out of `result` because they did not fit the observation.
+        answer: the answer that the policy itself gave, None where it gave none.
+        prompt_ids: all that the model read before this turn, where a grammar rebuilt the conversation; empty where it
+            simply went on. Trajectories with rebuilt turns cannot be trained on.
     """
 
     segments: tuple[Segment, ...]
@@ -121,6 +124,8 @@ class Turn:
     invalid: bool = False
     result: SearchResult | None = None
     dropped: int = 0
+    answer: str | None = None
+    prompt_ids: tuple[int, ...] = ()
 
 
 class Stop(str, Enum):
@@ -153,6 +158,11 @@ class Trajectory:
     def searches(self) -> int:
         """Number of retrievals that were answered."""
         return sum(turn.result is not None for turn in self.turns)
+
+    @property
+    def answer(self) -> str | None:
+        """The last answer that the policy itself gave, None if it gave none."""
+        return next((turn.answer for turn in reversed(self.turns) if turn.answer is not None), None)
 
     @property
     def valid(self) -> bool:

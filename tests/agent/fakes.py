@@ -16,12 +16,15 @@ class CharTokenizer:
     """One token per character; `EOS` is the only special one."""
 
     chat_template: str | None = "chat"
+    eos_token = EOS
+    eos_token_id = ord(EOS)
 
-    def apply_chat_template(self, conversation: list[dict[str, str]], **kwargs: Any) -> list[int]:
-        """Mark up as ChatML does."""
-        assert kwargs == {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
-        turns = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in conversation)
-        return self.encode(turns + "<|im_start|>assistant\n", add_special_tokens=False)
+    def apply_chat_template(self, conversation: list[dict[str, str]], **kwargs: Any) -> list[int] | str:
+        """Mark up as ChatML does, with `EOS` for its end of turn."""
+        assert kwargs.pop("add_generation_prompt") and not kwargs.pop("return_dict", False)
+        turns = "".join(f"<|im_start|>{m['role']}\n{m['content']}{EOS}\n" for m in conversation)
+        text = turns + "<|im_start|>assistant\n"
+        return self.encode(text, add_special_tokens=False) if kwargs["tokenize"] else text
 
     def encode(self, text: str, **kwargs: Any) -> list[int]:
         """Map characters to their code points."""

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -22,9 +23,10 @@ from tests.agent.fakes import (
     question,
 )
 from tests.agent.test_s3 import POLICY_TEXT
+from verl.agent.collate import collate
 from verl.agent.grammar.base import Action, Limits, Observation
 from verl.agent.grammar.s3 import FEEDBACK, S3Config, S3Grammar
-from verl.agent.loop import derive_seed, gather, run
+from verl.agent.loop import derive_seed, gather, run, user_turn
 from verl.agent.protocols import Generation, Sampling
 from verl.errors import GrammarError
 from verl.types import Document, Question, Role, SearchResult, Stop, Trajectory, Turn
@@ -92,7 +94,7 @@ async def test_the_prompt_goes_through_the_chat_template() -> None:
     trajectory, _, _ = await play(DONE)
     prompt = text_of(trajectory.prompt_ids)
     assert prompt.startswith("<|im_start|>user\nSearch for the question, then stop.\n<question>\nWho?\n</question>")
-    assert prompt.endswith("</information><|im_end|>\n<|im_start|>assistant\n")
+    assert prompt.endswith(f"</information>{EOS}\n<|im_start|>assistant\n")
 
 
 async def test_a_query_is_answered_and_its_block_selected_from() -> None:
@@ -348,6 +350,63 @@ async def test_a_grammar_may_search_and_finish_at_once() -> None:
     )
     assert (trajectory.stop, trajectory.documents) == (Stop.FINISHED, docs("a1", "a2", "a3"))
     assert len(trajectory.segments) == 1
+
+
+class Talking(OneShot):
+    """Asks the user back twice: first in the same conversation, then in a new one; the third text is the answer."""
+
+    limits = Limits(3, 2, 50, 100, 58, 2000)
+
+    def __init__(self, rebuild: bool) -> None:
+        self.rebuild = rebuild
+
+    def parse(self, question: Question, turns: Sequence[Turn], text: str) -> Action:
+        return Action(answer=text, finished=True) if len(turns) == 2 else Action(query=text)
+
+    async def observe(self, question: Question, turns: Sequence[Turn], result: SearchResult | None) -> Observation:
+        assert result is not None
+        items = tuple(document.title for document in result.documents)
+
+        def messages(count: int) -> list[dict[str, str]]:
+            return [{"role": "user", "content": f"new {items[:count]}"}]
+
+        return Observation("seen:", items, as_user=True, rebuild=messages if self.rebuild else None)
+
+    def assemble(self, question: Question, turns: Sequence[Turn]) -> tuple[Document, ...]:
+        return ()
+
+
+@pytest.mark.parametrize("ending", [EOS, "."])
+async def test_an_observation_may_be_a_turn_of_the_user(ending: str) -> None:
+    grammar = Talking(rebuild=False)
+    grammar.stop = (".",)
+    engine = ScriptedEngine(f"b{ending}", f"b{ending}", f"done{EOS}")
+    search = DictSearch(SEARCH | {"b.": docs("b1")})
+    trajectory = await run(question(), grammar, engine, search, CharTokenizer(), GREEDY)
+    between = f"\n<|im_start|>user\nseen:Tb1{EOS}\n<|im_start|>assistant\n"
+    said = "b" if ending == EOS else "b."
+    assert engine.contexts[2] == engine.contexts[0] + f"{said}{EOS}{between}" * 2, "one end of turn, whoever wrote it"
+    assert (trajectory.answer, trajectory.stop) == ("done", Stop.FINISHED)
+
+
+async def test_a_grammar_may_rebuild_the_conversation() -> None:
+    engine = ScriptedEngine(f"a{EOS}", f"b{EOS}", f"done{EOS}")
+    trajectory = await run(question(), Talking(rebuild=True), engine, DictSearch(SEARCH), CharTokenizer(), GREEDY)
+    shown = "<|im_start|>user\nnew ('Ta1',)\0\n<|im_start|>assistant\n"
+    assert engine.contexts[1] == shown, "the documents that do not fit 60 tokens are dropped"
+    assert trajectory.turns[0].dropped == 2 and trajectory.turns[0].result.documents == docs("a1")
+    assert [text_of(turn.prompt_ids) for turn in trajectory.turns] == ["", *engine.contexts[1:]]
+    with pytest.raises(ValueError, match="rebuilt between turns"):
+        collate([trajectory], 0)
+
+
+async def test_a_template_that_hides_the_assistants_words_is_refused() -> None:
+    class Hiding(CharTokenizer):
+        def apply_chat_template(self, conversation: list[dict[str, str]], **kwargs: Any) -> list[int] | str:
+            return super().apply_chat_template(conversation[:1], **kwargs)
+
+    with pytest.raises(GrammarError, match="no user turn after an assistant's"):
+        user_turn(Hiding(), "hello", closed=False)
 
 
 class Slow:

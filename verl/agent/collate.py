@@ -36,7 +36,8 @@ def collate(trajectories: Sequence[Trajectory], pad_id: int) -> Batch:
         pad_id: fills `input_ids` behind the end of each sequence.
 
     Raises:
-        ValueError: no trajectories, or a policy segment whose log-probabilities do not match its ids.
+        ValueError: no trajectories, a policy segment whose log-probabilities do not match its ids, or a trajectory
+            whose conversation was rebuilt.
     """
     rows = [_flatten(trajectory) for trajectory in _not_empty(trajectories)]
     attention_mask = _pad([[True] * len(row.ids) for row in rows], False, torch.bool)
@@ -69,6 +70,11 @@ def _not_empty(trajectories: Sequence[Trajectory]) -> Sequence[Trajectory]:
 def _flatten(trajectory: Trajectory) -> _Row:
     prompt = len(trajectory.prompt_ids)
     row = _Row(list(trajectory.prompt_ids), [False] * prompt, [0.0] * prompt, [-1] * prompt)
+    if any(turn.prompt_ids for turn in trajectory.turns):
+        raise ValueError(
+            f"question {trajectory.question.id}: its conversation was rebuilt between turns, so there is no one "
+            "sequence of tokens to train on; train with a protocol whose context only grows"
+        )
     for segment in trajectory.segments:
         count = len(segment.ids)
         acted = segment.role is Role.POLICY and trajectory.stop is not Stop.FAILED

@@ -1,8 +1,8 @@
 """The only multi-turn loop: question in, trajectory out, one coroutine per trajectory.
 
 Tokens in, tokens out: what the engine sampled is appended to the context as it was sampled, and environment text is
-tokenised once, when it is inserted. A retriever or engine that fails ends the trajectory as data (`Stop.FAILED` with
-the cause); every other exception is a bug and propagates.
+tokenised once, when it is inserted. A service that fails (the retriever, the engine, a model that the grammar asks)
+ends the trajectory as data (`Stop.FAILED` with the cause); every other exception is a bug and propagates.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
-from verl.agent.grammar.base import Action, Grammar, Observation
+from verl.agent.grammar.base import Action, Grammar, Message, Observation
 from verl.agent.protocols import Generation, PolicyEngine, Sampling, Search
-from verl.errors import EngineError, GrammarError, RetrieverError
+from verl.errors import EngineError, GeneratorError, GrammarError, RetrieverError
 from verl.types import Question, Role, SearchResult, Segment, Stop, Trajectory, Turn
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,8 @@ class Tokenizer(Protocol):
     """The part of a Hugging Face tokenizer that the loop uses."""
 
     chat_template: Any
+    eos_token: Any
+    eos_token_id: Any
 
     def apply_chat_template(self, conversation: list[dict[str, str]], **kwargs: Any) -> Any: ...
 
@@ -132,6 +135,7 @@ class _Episode:
         self.sampling = sampling
         self.prompt_ids = _prompt_ids(tokenizer, grammar.prompt_messages(question))
         self.context = list(self.prompt_ids)
+        self.rebuilt: tuple[int, ...] = ()
         self.turns: list[Turn] = []
         self.generations = 0
 
@@ -139,7 +143,7 @@ class _Episode:
         """Run to the end; a failed service ends it too."""
         try:
             stop = await self._play_turns()
-        except (RetrieverError, EngineError) as error:
+        except (RetrieverError, EngineError, GeneratorError) as error:
             cause = f"{type(error).__name__}: {error}"
             logger.warning("question %s failed in turn %d: %s", self.question.id, len(self.turns), cause)
             return Trajectory(self.question, self.prompt_ids, tuple(self.turns), Stop.FAILED, error=cause)
@@ -181,8 +185,11 @@ class _Episode:
                 selected=action.selected,
                 finished=action.finished,
                 invalid=action.invalid,
+                answer=action.answer,
+                prompt_ids=self.rebuilt,
             )
         )
+        self.rebuilt = ()
         return action
 
     async def _sample(self) -> _Sampled:
@@ -227,28 +234,74 @@ class _Episode:
         block did not fit the context.
         """
         observation = await self.grammar.observe(self.question, self.turns, result)
-        ids, shown = self._fit(observation)
+        if observation.rebuild is not None:
+            ids, shown = self._fit(len(observation.items), partial(self._conversation, observation.rebuild))
+            if len(ids) > self.grammar.limits.prompt_tokens:
+                logger.info("question %s: no room for a conversation of %d tokens", self.question.id, len(ids))
+                return False
+            self.turns[-1] = self._shown(self.turns[-1], result, len(observation.items), shown)
+            self.context, self.rebuilt = ids, tuple(ids)
+            return True
+        ids, shown = self._fit(len(observation.items), partial(self._inserted, observation))
         if len(self.context) + len(ids) >= self.grammar.limits.context_tokens:
             logger.info("question %s: no room for an observation of %d tokens", self.question.id, len(ids))
             return False
-        dropped = len(observation.items) - shown
-        if result is not None and dropped:
-            logger.info("question %s: %d documents did not fit the observation", self.question.id, dropped)
-            result = replace(result, documents=result.documents[:shown], scores=result.scores[:shown])
-        turn = self.turns[-1]
-        segments = (*turn.segments, Segment(tuple(ids), Role.ENVIRONMENT))
-        self.turns[-1] = replace(turn, segments=segments, result=result, dropped=dropped)
+        turn = self._shown(self.turns[-1], result, len(observation.items), shown)
+        self.turns[-1] = replace(turn, segments=(*turn.segments, Segment(tuple(ids), Role.ENVIRONMENT)))
         self.context.extend(ids)
         return True
 
-    def _fit(self, observation: Observation) -> tuple[list[int], int]:
-        """Tokenise with as many leading items as the budget allows; return the ids and that number."""
-        shown = len(observation.items)
+    def _shown(self, turn: Turn, result: SearchResult | None, items: int, shown: int) -> Turn:
+        """Return the turn with what of its result the policy is shown."""
+        dropped = items - shown
+        if result is not None and dropped:
+            logger.info("question %s: %d documents did not fit the observation", self.question.id, dropped)
+            result = replace(result, documents=result.documents[:shown], scores=result.scores[:shown])
+        return replace(turn, result=result, dropped=dropped)
+
+    def _fit(self, items: int, tokens: Callable[[int], tuple[list[int], int]]) -> tuple[list[int], int]:
+        """Tokenise with as many leading items as the bound allows; return the ids and that number."""
+        shown = items
         while True:
-            ids = self.tokenizer.encode(observation.text(shown), add_special_tokens=False)
-            if len(ids) <= self.grammar.limits.observation_tokens or shown == 0:
+            ids, bound = tokens(shown)
+            if len(ids) <= bound or shown == 0:
                 return ids, shown
             shown -= 1
+
+    def _conversation(self, rebuild: Callable[[int], list[Message]], shown: int) -> tuple[list[int], int]:
+        return list(_prompt_ids(self.tokenizer, rebuild(shown))), self.grammar.limits.prompt_tokens
+
+    def _inserted(self, observation: Observation, shown: int) -> tuple[list[int], int]:
+        text = observation.text(shown)
+        if observation.as_user:
+            text = user_turn(self.tokenizer, text, closed=self.context[-1] == self.tokenizer.eos_token_id)
+        return self.tokenizer.encode(text, add_special_tokens=False), self.grammar.limits.observation_tokens
+
+
+_ASSISTANT_MARK = "\u2403assistant\u2403"
+
+
+def user_turn(tokenizer: Tokenizer, content: str, closed: bool) -> str:
+    """Return what the chat template writes between an assistant's words and the assistant's next ones.
+
+    Args:
+        content: what the user says in between.
+        closed: the assistant's end-of-turn token is in the context already, because the policy sampled it.
+
+    Raises:
+        GrammarError: the template does not show an assistant's words as they are, or no user turn after them.
+    """
+    messages = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": _ASSISTANT_MARK},
+        {"role": "user", "content": content},
+    ]
+    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    _, found, tail = rendered.partition(_ASSISTANT_MARK)
+    if not found or content.strip() not in tail:
+        raise GrammarError("the chat template renders no user turn after an assistant's; use another tokenizer")
+    end = tokenizer.eos_token or ""
+    return tail.removeprefix(end) if closed else tail
 
 
 def _prompt_ids(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> tuple[int, ...]:

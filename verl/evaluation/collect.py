@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from verl.agent.grammar.s3 import S3Config, S3Grammar
+from verl.agent.grammar.registry import SearchConfig, build_grammar
+from verl.agent.grammar.s3 import S3Config
 from verl.agent.protocols import Sampling
 from verl.config import run_entry
 from verl.errors import ConfigError, DataError
@@ -231,7 +232,7 @@ class CollectConfig:
     topk: int = 3
     corpus: Path | None = None
     engine: EngineConfig | None = None
-    search: S3Config = field(default_factory=S3Config)
+    search: SearchConfig = field(default_factory=S3Config)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     retriever: RetrieverClientConfig = field(default_factory=RetrieverClientConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -285,7 +286,7 @@ async def _searcher(config: CollectConfig, questions: Sequence[Question], stack:
         ) from cause
     engine = create_engine(config.engine)
     stack.push_async_callback(engine.close)
-    collector = Searcher(S3Grammar(config.search), engine, search, tokenizer, config.sampling.sampling())
+    collector = Searcher(build_grammar(config.search), engine, search, tokenizer, config.sampling.sampling())
     parameters = {
         "retriever": identity,
         "model": model_identity(config.engine.model),

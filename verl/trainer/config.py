@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from generator_llms.config import GeneratorConfig
+from verl.agent.grammar.registry import SearchConfig
 from verl.agent.grammar.s3 import S3Config
 from verl.agent.protocols import Sampling
 from verl.retrieval.client import RetrieverClientConfig
@@ -110,7 +111,7 @@ class TrainConfig:
     critic: CriticConfig
     reference: ReferenceConfig
     engine: EngineConfig
-    search: S3Config = field(default_factory=S3Config)
+    search: SearchConfig = field(default_factory=S3Config)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     retriever: RetrieverClientConfig = field(default_factory=RetrieverClientConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)

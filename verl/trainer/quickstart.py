@@ -28,7 +28,7 @@ from data_preprocess.rag_cache import BaselineConfig, RagCacheConfig, TrainFilte
 from data_preprocess.world import build as world
 from data_preprocess.world.build import WorldConfig, WorldFiles
 from generator_llms.client import GeneratorClient
-from verl.agent.grammar.s3 import S3Grammar
+from verl.agent.grammar.registry import build_grammar
 from verl.agent.protocols import Sampling
 from verl.config import compose, run_entry
 from verl.errors import CheckpointError, ConfigError
@@ -364,7 +364,7 @@ async def _play(files: Layout, recipe: TrainConfig, model: str, ways: Mapping[st
         engine = create_engine(replace(recipe.engine, model=model))
         stack.push_async_callback(engine.close)
         for name, sampling in ways.items():
-            searcher = Searcher(S3Grammar(recipe.search), engine, search, tokenizer, sampling)
+            searcher = Searcher(build_grammar(recipe.search), engine, search, tokenizer, sampling)
             parameters = {"model": model_identity(model), "search": recipe.search, "sampling": sampling}
             await collect.collect(questions, searcher, files.contexts(name), parameters, name)
 

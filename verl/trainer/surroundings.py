@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from generator_llms.client import GeneratorClient
 from generator_llms.config import GeneratorConfig
 from generator_llms.judge import LLMJudge
-from verl.agent.grammar.s3 import S3Config, S3Grammar
+from verl.agent.grammar.registry import SearchConfig, build_grammar
 from verl.retrieval.client import RetrieverClient, RetrieverClientConfig
 from verl.rewards.registry import RewardConfig, Scorer
 from verl.workers.rollout import Surroundings
@@ -17,10 +17,10 @@ from verl.workers.rollout import Surroundings
 
 @dataclass(frozen=True)
 class ServiceSurroundings:
-    """The s3 protocol over a retriever service and a frozen generator service; picklable, built where it is called."""
+    """A search protocol over retriever and frozen generator services; picklable, built where it is called."""
 
     tokenizer: str
-    search: S3Config
+    search: SearchConfig
     retriever: RetrieverClientConfig
     generator: GeneratorConfig
     reward: RewardConfig
@@ -40,4 +40,4 @@ class ServiceSurroundings:
                 await generator.aclose()
 
         tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
-        return Surroundings(S3Grammar(self.search), retriever, scorer, tokenizer, close)
+        return Surroundings(build_grammar(self.search), retriever, scorer, tokenizer, close)

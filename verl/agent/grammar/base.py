@@ -2,15 +2,15 @@
 
 A grammar renders the prompt, reads what the policy wrote, renders what the environment answers, and decides which
 documents reach the frozen generator. It never sees token ids and it never raises for text that a policy wrote. How
-the other protocols fit: Search-R1 differs in tags and feedback; DeepRetrieval returns an action that is `finished`
-and holds a query, so the loop searches once and stops; zero-shot and CoT have `searches=0`; ExSearch's request for
-the final answer is an observation after an action that is neither a query nor finished; IRCoT reads a whole response
-as the query; Search-o1 awaits its condensing model inside `observe`.
+the protocols fit: Search-R1 differs in tags and feedback; DeepRetrieval returns an action that is `finished` and holds
+a query, so the loop searches once and stops; ExSearch's observations are user turns (`as_user`), and its request for
+the final answer is one after an action that is neither a query nor finished; IRCoT reads a whole response as the query
+and rebuilds its prompt (`rebuild`); Search-o1 awaits its condensing model inside `observe`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,6 +46,10 @@ class Action:
     selected: tuple[int, ...] | None = None
     finished: bool = False
     invalid: bool = False
+    answer: str | None = None
+
+
+Message = dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +59,17 @@ class Observation:
     Attributes:
         items: one rendering per retrieved document, in order, or empty; the loop drops items from the end, never a
             part of one, when the observation is too long. Text from outside must have been neutralised.
+        as_user: the observation is a turn of the user: the chat template closes the policy's turn before it and opens
+            another one after it. Otherwise it continues the policy's turn.
+        rebuild: called with the number of items to show, returns the messages of a conversation that replaces
+            everything before it; `head`, `items`' texts and `tail` are then not used, and `prompt_tokens` is the bound.
     """
 
     head: str
     items: tuple[str, ...] = ()
     tail: str = ""
+    as_user: bool = False
+    rebuild: Callable[[int], list[Message]] | None = None
 
     def text(self, count: int) -> str:
         """Render the observation with its first `count` items."""
@@ -79,7 +89,7 @@ class Grammar(Protocol):
         """What one trajectory may spend."""
         ...
 
-    def prompt_messages(self, question: Question) -> list[dict[str, str]]:
+    def prompt_messages(self, question: Question) -> list[Message]:
         """Return the chat messages (`role`, `content`) that open a trajectory."""
         ...
 

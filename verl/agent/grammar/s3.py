@@ -53,6 +53,7 @@ class S3Config:
     max_prompt_tokens: int = 8000
     max_context_tokens: int = 8500
     prompt: Literal["published", "compact"] = "published"
+    protocol: Literal["s3"] = "s3"
 
     def __post_init__(self) -> None:
         for name in ("topk", "max_selected", "max_generation_tokens", "max_observation_tokens", "max_prompt_tokens"):
