@@ -6,8 +6,8 @@ Written are the questions with their round-0 documents and their baseline (colum
 `baseline`), and the published cache `{source: {question: {answer, score, em_score}}}`. Every finished question goes to
 a journal first, so a run that was killed, or that met a dead service, goes on where it stopped.
 
-The published training set leaves out questions with a gold that is a bare yes, no, true or false, and those that naive
-RAG answers accurately (specification: s3's train_s3.py); test sets keep all.
+Training sets leave out the questions that `data_preprocess.train_filter` names; test sets keep all. A downloaded cache
+is used as it is by `data_preprocess.published_cache`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import asyncio
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from data_preprocess.published_cache import CacheEntry, merged, read_cache
+from data_preprocess.train_filter import TrainFilter, select
 from generator_llms.client import GeneratorClient
 from generator_llms.config import GeneratorConfig
 from generator_llms.judge import LLMJudge
@@ -41,7 +43,6 @@ from verl.types import Baseline, Document, Question
 
 logger = logging.getLogger(__name__)
 
-_BARE_WORDS = frozenset({"yes", "no", "true", "false"})
 _DECODER = Decoder(error=DataError)
 
 
@@ -65,27 +66,6 @@ class BaselineConfig:
         for name in ("baseline_k", "initial_k"):
             if not 0 <= getattr(self, name) <= self.retrieve_k:
                 raise ValueError(f"{name}={getattr(self, name)}; expected 0 to retrieve_k={self.retrieve_k}")
-
-
-@dataclass(frozen=True)
-class TrainFilter:
-    """Which questions a training set leaves out; not applied to other splits.
-
-    Attributes:
-        drop_bare_golds: those with a gold that is a bare yes, no, true or false.
-        drop_rag_correct: those that naive RAG answers accurately.
-    """
-
-    drop_bare_golds: bool = True
-    drop_rag_correct: bool = True
-
-    def reason(self, question: Question) -> str:
-        """Return why `question` is left out; empty when it is kept."""
-        if self.drop_bare_golds and any(answer.strip().lower() in _BARE_WORDS for answer in question.answers):
-            return "bare gold"
-        if self.drop_rag_correct and question.baseline is not None and question.baseline.correct:
-            return "naive RAG correct"
-        return ""
 
 
 @dataclass(frozen=True)
@@ -203,30 +183,6 @@ async def precompute(
     return [(_with_baseline(q, outcome, config), outcome) for q, outcome in zip(questions, outcomes, strict=True)]
 
 
-def published_cache(
-    precomputed: Iterable[tuple[Question, Outcome]], existing: Mapping[str, Mapping[str, Any]]
-) -> dict[str, dict[str, Any]]:
-    """Return `existing` with the new entries, `{source: {question: {answer, score, em_score}}}`."""
-    cache = {source: dict(entries) for source, entries in existing.items()}
-    for question, outcome in precomputed:
-        entry = {"answer": outcome.answer, "score": int(outcome.correct), "em_score": int(outcome.exact)}
-        cache.setdefault(question.source, {})[question.text] = entry
-    return cache
-
-
-def select(questions: Iterable[Question], keep: TrainFilter) -> tuple[list[Question], dict[str, int]]:
-    """Return the questions that the filter keeps, and how many it leaves out for which reason."""
-    kept: list[Question] = []
-    dropped: dict[str, int] = {}
-    for question in questions:
-        reason = keep.reason(question)
-        if reason:
-            dropped[reason] = dropped.get(reason, 0) + 1
-        else:
-            kept.append(question)
-    return kept, dropped
-
-
 async def run(config: RagCacheConfig, prompt_fn: Callable[[Question], str] | None = None) -> Summary:
     """Precompute as configured and write parquet and cache.
 
@@ -263,12 +219,13 @@ def write_prepared(
     Raises:
         DataError: no question is left, or the cache that is there is malformed.
     """
-    keep = config.filter if config.split == "train" else TrainFilter(drop_bare_golds=False, drop_rag_correct=False)
+    keep = config.filter if config.split == "train" else TrainFilter.none()
     kept, dropped = select((question for question, _ in precomputed), keep)
     if not kept:
         raise DataError(f"none of the {len(precomputed)} questions is left ({dropped}); switch a filter off")
     cache_path = config.cache_json or config.output.with_name("rag_cache.json")
-    cache = published_cache(precomputed, _read_cache(cache_path))
+    entries = ((question, CacheEntry(done.answer, done.correct, done.exact)) for question, done in precomputed)
+    cache = merged(read_cache(cache_path) if cache_path.exists() else {}, entries)
     write_whole(cache_path, json.dumps(cache, ensure_ascii=False, indent=1))
     write_questions(config.output, kept, config.split, prompt_fn)
     asked = len(precomputed)
@@ -297,18 +254,6 @@ async def _parameters(config: RagCacheConfig, generator: GeneratorClient) -> dic
         "sampling": [asked.temperature, asked.top_p, asked.seed, asked.max_tokens, asked.max_prompt_tokens],
         "judge": config.judge,
     }
-
-
-def _read_cache(path: Path) -> Mapping[str, Mapping[str, Any]]:
-    if not path.exists():
-        return {}
-    try:
-        cache = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as cause:
-        raise DataError(f"{path}: {cause}; expected a rag_cache.json, move the file away") from cause
-    if not isinstance(cache, dict) or not all(isinstance(entries, dict) for entries in cache.values()):
-        raise DataError(f"{path}: expected {{source: {{question: {{answer, score, em_score}}}}}}; move the file away")
-    return cache
 
 
 def _outcome(record: Record) -> Outcome:

@@ -13,13 +13,11 @@ from data_preprocess.rag_cache import (
     NaiveRagAnswers,
     Outcome,
     RagCacheConfig,
-    TrainFilter,
     main,
     precompute,
-    published_cache,
-    select,
     write_prepared,
 )
+from data_preprocess.train_filter import TrainFilter, select
 from tests.evaluation.fakes import DOCUMENTS, QUESTIONS, Generator, Retriever
 from verl.errors import DataError
 from verl.evaluation.collect import RunConfig
@@ -127,19 +125,6 @@ async def test_the_filter_is_for_training_only(tmp_path: Path) -> None:
     assert summaries["test"].accuracy == summaries["test"].exact == pytest.approx(1 / 3)
     with pytest.raises(DataError, match=r"none of the 1 questions is left.*switch a filter off"):
         write_prepared(RagCacheConfig(tmp_path / "q", paths["train"], "train"), precomputed[:1])
-
-
-async def test_the_published_cache_keeps_what_it_held(tmp_path: Path) -> None:
-    precomputed = await run(tmp_path, Retriever(), Generator())
-    old = {"nq": {"Old?": {"answer": "o", "score": 1, "em_score": 0}}, "toy": {"Older?": {"answer": "p"}}}
-    assert published_cache(precomputed[:2], old) == {
-        "nq": {"Old?": {"answer": "o", "score": 1, "em_score": 0}},
-        "toy": {
-            "Older?": {"answer": "p"},
-            "Who is the mentor of Ann?": {"answer": "Bob", "score": 1, "em_score": 1},
-            "Who is the rival of the mentor of Ann?": {"answer": "Bob", "score": 0, "em_score": 0},
-        },
-    }
 
 
 @pytest.mark.parametrize("content", ["not json", "[]", '{"toy": 1}'])
