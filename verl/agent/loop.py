@@ -133,7 +133,7 @@ class _Episode:
         self.search = search
         self.tokenizer = tokenizer
         self.sampling = sampling
-        self.prompt_ids = _prompt_ids(tokenizer, grammar.prompt_messages(question))
+        self.prompt_ids = chat_prompt(tokenizer, grammar.prompt_messages(question))
         self.context = list(self.prompt_ids)
         self.rebuilt: tuple[int, ...] = ()
         self.turns: list[Turn] = []
@@ -269,7 +269,7 @@ class _Episode:
             shown -= 1
 
     def _conversation(self, rebuild: Callable[[int], list[Message]], shown: int) -> tuple[list[int], int]:
-        return list(_prompt_ids(self.tokenizer, rebuild(shown))), self.grammar.limits.prompt_tokens
+        return list(chat_prompt(self.tokenizer, rebuild(shown))), self.grammar.limits.prompt_tokens
 
     def _inserted(self, observation: Observation, shown: int) -> tuple[list[int], int]:
         text = observation.text(shown)
@@ -304,7 +304,12 @@ def user_turn(tokenizer: Tokenizer, content: str, closed: bool) -> str:
     return tail.removeprefix(end) if closed else tail
 
 
-def _prompt_ids(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> tuple[int, ...]:
+def chat_prompt(tokenizer: Tokenizer, messages: list[Message]) -> tuple[int, ...]:
+    """Return the token ids of a conversation, up to where the assistant speaks.
+
+    Raises:
+        GrammarError: the tokenizer has no chat template.
+    """
     if not tokenizer.chat_template:
         raise GrammarError("the tokenizer has no chat template; use an instruct model or set tokenizer.chat_template")
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)

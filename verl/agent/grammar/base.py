@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from verl.types import Document, Question, SearchResult, Turn
 
@@ -74,6 +74,40 @@ class Observation:
     def text(self, count: int) -> str:
         """Render the observation with its first `count` items."""
         return self.head + "\n".join(self.items[:count]) + self.tail
+
+
+def check_lengths(config: Any, *counts: str) -> None:
+    """Check the numbers that every protocol's config has; for its `__post_init__`.
+
+    Args:
+        counts: further fields that must be at least 1.
+
+    Raises:
+        ValueError: a number that must be positive is not, or the context leaves no room behind the prompt.
+    """
+    for name in ("topk", "max_generation_tokens", "max_observation_tokens", "max_prompt_tokens", *counts):
+        value = getattr(config, name, 1)
+        if value < 1:
+            raise ValueError(f"{name}={value}; expected at least 1")
+    if config.max_context_tokens <= config.max_prompt_tokens:
+        raise ValueError(
+            f"max_context_tokens={config.max_context_tokens} leaves no token after a prompt of "
+            f"max_prompt_tokens={config.max_prompt_tokens}; raise the one or lower the other"
+        )
+    if config.prompt not in ("published", "compact"):
+        raise ValueError(f"prompt={config.prompt!r}; expected 'published' or 'compact'")
+
+
+class Complete(Protocol):
+    """A chat model that a grammar may ask, for example the policy itself or the frozen generator."""
+
+    async def __call__(self, messages: Sequence[Message]) -> str:
+        """Return the reply.
+
+        Raises:
+            GeneratorError, EngineError: after bounded retries.
+        """
+        ...
 
 
 class Grammar(Protocol):

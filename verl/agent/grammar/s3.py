@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from verl.agent.grammar.base import Action, Limits, Observation
+from verl.agent.grammar.base import Action, Limits, Observation, check_lengths
 from verl.agent.grammar.render import document_line, neutralise
 from verl.agent.grammar.s3_prompt import COMPACT_PROMPT, PUBLISHED_PROMPT
+from verl.agent.grammar.text import clean_query, unique_documents
 from verl.types import Document, Question, SearchResult, Turn
 
 # Opens the next query: the turn after an invalid one starts inside `<query>`.
@@ -56,18 +57,9 @@ class S3Config:
     protocol: Literal["s3"] = "s3"
 
     def __post_init__(self) -> None:
-        for name in ("topk", "max_selected", "max_generation_tokens", "max_observation_tokens", "max_prompt_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
+        check_lengths(self, "max_selected")
         if self.max_turns < 0:
             raise ValueError(f"max_turns={self.max_turns}; expected at least 0")
-        if self.max_context_tokens <= self.max_prompt_tokens:
-            raise ValueError(
-                f"max_context_tokens={self.max_context_tokens} leaves no token after a prompt of "
-                f"max_prompt_tokens={self.max_prompt_tokens}; raise the one or lower the other"
-            )
-        if self.prompt not in ("published", "compact"):
-            raise ValueError(f"prompt={self.prompt!r}; expected 'published' or 'compact'")
 
 
 class S3Grammar:
@@ -123,10 +115,7 @@ class S3Grammar:
         selections = _selections(turns)
         chosen = [blocks[b][i - 1] for b in sorted(selections) for i in sorted(selections[b])]
         unselected = [document for b, block in enumerate(blocks) if b not in selections for document in block]
-        unique: dict[tuple[str, str], Document] = {}
-        for document in chosen + unselected:
-            unique.setdefault((document.title, document.text), document)
-        return tuple(unique.values())
+        return unique_documents(chosen + unselected)
 
 
 def _blocks(question: Question, turns: Sequence[Turn]) -> list[tuple[Document, ...]]:
@@ -176,17 +165,12 @@ def _read_query(inner: str) -> str:
     try:
         value = json.loads(inner)
     except (ValueError, RecursionError):
-        return _clean(inner)
+        return clean_query(inner)
     if not isinstance(value, dict) or "query" not in value:
-        return _clean(inner)
+        return clean_query(inner)
     query: Any = value["query"]
     if isinstance(query, list):
         query = next((entry for entry in query if isinstance(entry, str)), "")
     if query is None:
         return ""
-    return _clean(query if isinstance(query, str) else inner)
-
-
-def _clean(query: str) -> str:
-    """Trim, and replace lone surrogates (JSON can spell them), which no service could be sent."""
-    return query.encode("utf-8", "replace").decode("utf-8").strip()
+    return clean_query(query if isinstance(query, str) else inner)
