@@ -27,7 +27,7 @@ from verl.evaluation.collect import (
     run,
     write_published,
 )
-from verl.evaluation.collectors import Collector, Gathered, NaiveRag, Oracle, Searcher, passages_of
+from verl.evaluation.collectors import Collector, Direct, Gathered, NaiveRag, Oracle, Searcher, passages_of
 from verl.evaluation.identity import model_identity, retriever_identity
 from verl.evaluation.journal import Unfinished
 from verl.records import write_questions
@@ -108,6 +108,20 @@ async def test_a_searcher_plays_its_protocol_and_keeps_its_words() -> None:
     block = "<information>\nDoc 1(Title: Bob) The rival of Bob is Cid.\nDoc 2(Title: Ann)"
     assert gathered.response.startswith('<query>{"query": "rival of Bob"}</query>\n\n' + block)
     assert gathered.response.endswith("<search_complete>True</search_complete>")
+
+
+async def test_a_searcher_may_start_from_a_search_for_the_question() -> None:
+    retriever = Retriever()
+    grammar = S3Grammar(S3Config(topk=2, prompt="compact"))
+    engine = Script("<search_complete>True</search_complete>")
+    gathered = await Searcher(grammar, engine, retriever, Letters(), Sampling(), initial_k=1)(QUESTIONS[0])
+    assert retriever.queries == [QUESTIONS[0].text]
+    assert gathered.trajectory.documents == gathered.trajectory.question.initial_documents == DOCUMENTS[:1]
+
+
+async def test_without_documents_the_generator_is_on_its_own() -> None:
+    gathered = await Direct()(QUESTIONS[0])
+    assert (gathered.trajectory.documents, gathered.trajectory.searches) == ((), 0)
 
 
 async def test_a_searchers_seed_depends_on_the_question_alone() -> None:

@@ -16,16 +16,20 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from generator_llms.client import GeneratorClient
+from generator_llms.config import GeneratorConfig
+from verl.agent.chat import EngineChat
+from verl.agent.grammar.base import Message
 from verl.agent.grammar.registry import SearchConfig, build_grammar
 from verl.agent.grammar.s3 import S3Config
 from verl.agent.protocols import Sampling
 from verl.config import run_entry
 from verl.errors import ConfigError, DataError
-from verl.evaluation.collectors import Collector, NaiveRag, Oracle, Searcher, passages_of
+from verl.evaluation.collectors import Collector, Direct, NaiveRag, Oracle, Searcher, passages_of
 from verl.evaluation.identity import model_identity, retriever_identity
 from verl.evaluation.journal import (
     Journal,
@@ -220,9 +224,12 @@ class CollectConfig:
         method: a key of `METHODS`.
         limit: take the first so many questions only.
         topk: documents of naive RAG; a searcher's top-k is its protocol's.
-        corpus: jsonl corpus in which the oracle looks titles up.
+        corpus: corpus in which the oracle looks titles up.
         engine: the searcher's model and how it is served.
         search: the searcher's protocol.
+        initial_k: a searcher starts from so many documents found for the question itself; 0 takes the question's own.
+        condenser: the model that condenses for Search-o1; the searcher's own if None.
+        condenser_tokens: longest reply of the searcher's own model as the condenser.
     """
 
     questions: Path
@@ -233,6 +240,9 @@ class CollectConfig:
     corpus: Path | None = None
     engine: EngineConfig | None = None
     search: SearchConfig = field(default_factory=S3Config)
+    initial_k: int = 0
+    condenser: GeneratorConfig | None = None
+    condenser_tokens: int = 512
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     retriever: RetrieverClientConfig = field(default_factory=RetrieverClientConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -243,6 +253,10 @@ class CollectConfig:
             raise ValueError(f"method={self.method!r}; did you mean {near!r}? Methods: {', '.join(METHODS)}")
         if self.topk < 1:
             raise ValueError(f"topk={self.topk}; expected at least 1")
+        if self.initial_k < 0 or self.condenser_tokens < 1:
+            raise ValueError(
+                f"initial_k={self.initial_k}, condenser_tokens={self.condenser_tokens}; expected at least 0 and 1"
+            )
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit={self.limit}; expected at least 1, or null for all questions")
 
@@ -259,6 +273,10 @@ async def _naive_rag(config: CollectConfig, questions: Sequence[Question], stack
     search = await stack.enter_async_context(RetrieverClient(config.retriever))
     identity = await retriever_identity(config.retriever.url)
     return Prepared(NaiveRag(search, config.topk), {"retriever": identity, "topk": config.topk})
+
+
+async def _direct(config: CollectConfig, questions: Sequence[Question], stack: AsyncExitStack) -> Prepared:
+    return Prepared(Direct(), {})
 
 
 async def _oracle(config: CollectConfig, questions: Sequence[Question], stack: AsyncExitStack) -> Prepared:
@@ -286,20 +304,35 @@ async def _searcher(config: CollectConfig, questions: Sequence[Question], stack:
         ) from cause
     engine = create_engine(config.engine)
     stack.push_async_callback(engine.close)
-    collector = Searcher(build_grammar(config.search), engine, search, tokenizer, config.sampling.sampling())
+    sampling = config.sampling.sampling()
+    own = EngineChat(engine, tokenizer, replace(sampling, max_tokens=config.condenser_tokens))
+    complete = await stack.enter_async_context(Condenser(config.condenser)) if config.condenser else own
+    grammar = build_grammar(config.search, complete)
+    collector = Searcher(grammar, engine, search, tokenizer, sampling, config.initial_k)
     parameters = {
         "retriever": identity,
         "model": model_identity(config.engine.model),
         "dtype": config.engine.dtype,
         "search": config.search,
+        "initial_k": config.initial_k,
+        "condenser": config.condenser and config.condenser.model,
         "sampling": config.sampling,
     }
     return Prepared(collector, parameters)
 
 
+class Condenser(GeneratorClient):
+    """A generator service as the model that condenses."""
+
+    async def __call__(self, messages: Sequence[Message]) -> str:
+        """Return the reply; raises as `complete`."""
+        return (await self.complete(messages)).text
+
+
 METHODS: dict[str, Callable[[CollectConfig, Sequence[Question], AsyncExitStack], Awaitable[Prepared]]] = {
     "naive_rag": _naive_rag,
     "searcher": _searcher,
+    "direct": _direct,
     "oracle": _oracle,
 }
 
@@ -312,7 +345,8 @@ async def run(config: CollectConfig) -> list[Context]:
     async with AsyncExitStack() as stack:
         prepared = await METHODS[config.method](config, questions, stack)
         parameters = {"method": config.method, **prepared.parameters}
-        contexts = await collect(questions, prepared.collector, config.output, parameters, config.method, config.run)
+        title = config.search.protocol if config.method == "searcher" else config.method
+        contexts = await collect(questions, prepared.collector, config.output, parameters, title, config.run)
     logger.info("%d contexts in %s", len(contexts), config.output)
     return contexts
 

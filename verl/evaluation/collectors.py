@@ -16,7 +16,7 @@ from verl.agent.loop import Tokenizer, derive_seed, run
 from verl.agent.protocols import PolicyEngine, Sampling, Search
 from verl.errors import RetrieverError
 from verl.rewards.recall import title_key
-from verl.types import Document, Question, Stop, Trajectory, Turn
+from verl.types import Document, Question, SearchResult, Stop, Trajectory, Turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +53,17 @@ class NaiveRag:
 
     async def __call__(self, question: Question) -> Gathered:
         """Search once."""
-        results = await self._search([question.text], self._topk)
-        if len(results) != 1:
-            raise RetrieverError(f"search returned {len(results)} results for 1 query; expected one per query")
-        turn = Turn(segments=(), text="", query=question.text, finished=True, result=results[0])
-        return Gathered(Trajectory(question, (), (turn,), Stop.FINISHED, results[0].documents))
+        result = await _search_once(self._search, question.text, self._topk)
+        turn = Turn(segments=(), text="", query=question.text, finished=True, result=result)
+        return Gathered(Trajectory(question, (), (turn,), Stop.FINISHED, result.documents))
+
+
+class Direct:
+    """No documents: the generator answers from what it knows (zero-shot, chain of thought)."""
+
+    async def __call__(self, question: Question) -> Gathered:
+        """Return an empty context."""
+        return Gathered(Trajectory(question, (), (), Stop.FINISHED))
 
 
 class Oracle:
@@ -84,25 +90,44 @@ class Searcher:
     Args:
         sampling: as for `verl.agent.loop.run`. With a seed, each question gets its own one, derived from it and from
             the question's id, so that the outcome does not depend on the order of the questions.
+        initial_k: search for the question first and start from so many documents; 0 starts from the question's own
+            round-0 documents.
     """
 
     def __init__(
-        self, grammar: Grammar, engine: PolicyEngine, search: Search, tokenizer: Tokenizer, sampling: Sampling
+        self,
+        grammar: Grammar,
+        engine: PolicyEngine,
+        search: Search,
+        tokenizer: Tokenizer,
+        sampling: Sampling,
+        initial_k: int = 0,
     ) -> None:
         self._grammar = grammar
         self._engine = engine
         self._search = search
         self._tokenizer = tokenizer
         self._sampling = sampling
+        self._initial_k = initial_k
 
     async def __call__(self, question: Question) -> Gathered:
         """Play one trajectory."""
+        if self._initial_k:
+            found = await _search_once(self._search, question.text, self._initial_k)
+            question = replace(question, initial_documents=found.documents)
         seed = derive_seed(self._sampling.seed, zlib.crc32(question.id.encode()))
         sampling = replace(self._sampling, seed=seed)
         trajectory = await run(question, self._grammar, self._engine, self._search, self._tokenizer, sampling)
         ids = [token for segment in trajectory.segments for token in segment.ids]
         text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return Gathered(trajectory, text)
+
+
+async def _search_once(search: Search, query: str, topk: int) -> SearchResult:
+    results = await search([query], topk)
+    if len(results) != 1:
+        raise RetrieverError(f"search returned {len(results)} results for 1 query; expected one per query")
+    return results[0]
 
 
 def passages_of(questions: Iterable[Question], corpus: Iterable[Document]) -> dict[str, tuple[Document, ...]]:
