@@ -40,13 +40,14 @@ from verl.evaluation.journal import (
     work_through,
     write_whole,
 )
+from verl.evaluation.remote_engine import RemoteConfig, RemoteEngine, Transcript
 from verl.records import read_questions
 from verl.retrieval.client import RetrieverClient, RetrieverClientConfig
 from verl.retrieval.corpus import Corpus
 from verl.trajectories import trajectory_from_record, trajectory_record
 from verl.typed import nearest
 from verl.types import Document, Question, Role, Stop, Trajectory
-from verl.workers.engines import EngineConfig, create_engine
+from verl.workers.engines import EngineConfig, RolloutEngine, create_engine
 
 logger = logging.getLogger(__name__)
 _TIMING = "timing.json"
@@ -225,7 +226,8 @@ class CollectConfig:
         limit: take the first so many questions only.
         topk: documents of naive RAG; a searcher's top-k is its protocol's.
         corpus: corpus in which the oracle looks titles up.
-        engine: the searcher's model and how it is served.
+        engine: the searcher's model and how it is run here.
+        remote: the endpoint that serves the searcher, in place of `engine`.
         search: the searcher's protocol.
         initial_k: a searcher starts from so many documents found for the question itself; 0 takes the question's own.
         condenser: the model that condenses for Search-o1; the searcher's own if None.
@@ -239,6 +241,7 @@ class CollectConfig:
     topk: int = 3
     corpus: Path | None = None
     engine: EngineConfig | None = None
+    remote: RemoteConfig | None = None
     search: SearchConfig = field(default_factory=S3Config)
     initial_k: int = 0
     condenser: GeneratorConfig | None = None
@@ -289,20 +292,10 @@ async def _oracle(config: CollectConfig, questions: Sequence[Question], stack: A
 
 
 async def _searcher(config: CollectConfig, questions: Sequence[Question], stack: AsyncExitStack) -> Prepared:
-    if config.engine is None:
-        raise ConfigError("method=searcher needs a model; set engine.model=PATH (and engine.kind=hf without vLLM)")
-    from transformers import AutoTokenizer  # takes seconds, and the other methods do without
-
+    _check_policy(config)  # before anything is started
     search = await stack.enter_async_context(RetrieverClient(config.retriever))
     identity = await retriever_identity(config.retriever.url)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.engine.model)
-    except (OSError, ValueError) as cause:
-        raise ConfigError(
-            f"engine.model={config.engine.model}: its tokenizer does not load ({cause}); give the folder of a complete "
-            "model, for example a checkpoint's hf/, or a hub name"
-        ) from cause
-    engine = create_engine(config.engine)
+    policy, tokenizer, engine = _policy(config)
     stack.push_async_callback(engine.close)
     sampling = config.sampling.sampling()
     own = EngineChat(engine, tokenizer, replace(sampling, max_tokens=config.condenser_tokens))
@@ -311,8 +304,7 @@ async def _searcher(config: CollectConfig, questions: Sequence[Question], stack:
     collector = Searcher(grammar, engine, search, tokenizer, sampling, config.initial_k)
     parameters = {
         "retriever": identity,
-        "model": model_identity(config.engine.model),
-        "dtype": config.engine.dtype,
+        **policy,
         "search": config.search,
         "initial_k": config.initial_k,
         "condenser": config.condenser and config.condenser.model,
@@ -327,6 +319,40 @@ class Condenser(GeneratorClient):
     async def __call__(self, messages: Sequence[Message]) -> str:
         """Return the reply; raises as `complete`."""
         return (await self.complete(messages)).text
+
+
+def _check_policy(config: CollectConfig) -> None:
+    if config.remote is not None and config.engine is not None:
+        raise ConfigError("both engine and remote are set; set engine for a model here, or remote for an endpoint")
+    if config.remote is None and config.engine is None:
+        raise ConfigError(
+            "method=searcher needs a model; set engine.model=PATH (and engine.kind=hf without vLLM), or "
+            "remote.base_url and remote.model for an endpoint"
+        )
+
+
+def _policy(config: CollectConfig) -> tuple[Mapping[str, Any], Any, RolloutEngine | RemoteEngine]:
+    """Return what identifies the searcher's model, its tokenizer and its engine."""
+    if config.remote is not None:
+        remote = config.remote
+        tokenizer = Transcript() if remote.mode == "chat" else _tokenizer(str(remote.tokenizer), "remote.tokenizer")
+        return {"model": remote.model, "mode": remote.mode}, tokenizer, RemoteEngine(remote, tokenizer)
+    assert config.engine is not None  # checked before
+    tokenizer = _tokenizer(config.engine.model, "engine.model")
+    identity = {"model": model_identity(config.engine.model), "dtype": config.engine.dtype}
+    return identity, tokenizer, create_engine(config.engine)
+
+
+def _tokenizer(name: str, key: str) -> Any:
+    from transformers import AutoTokenizer  # takes seconds, and the other methods do without
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as cause:
+        raise ConfigError(
+            f"{key}={name}: its tokenizer does not load ({cause}); give the folder of a complete model, for example a "
+            "checkpoint's hf/, or a hub name"
+        ) from cause
 
 
 METHODS: dict[str, Callable[[CollectConfig, Sequence[Question], AsyncExitStack], Awaitable[Prepared]]] = {
