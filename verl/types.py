@@ -112,6 +112,7 @@ class Turn:
         result: what the retriever returned for `query`, as far as the policy was shown it, or None.
         dropped: documents left out of `result` because they did not fit the observation.
         answer: the answer that the policy itself gave, None where it gave none.
+        note: why the turn is invalid, in words, where the protocol says it.
         prompt_ids: all that the model read before this turn, where a grammar rebuilt the conversation; empty where it
             simply went on. Trajectories with rebuilt turns cannot be trained on.
     """
@@ -125,6 +126,7 @@ class Turn:
     result: SearchResult | None = None
     dropped: int = 0
     answer: str | None = None
+    note: str = ""
     prompt_ids: tuple[int, ...] = ()
 
 

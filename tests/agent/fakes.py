@@ -21,9 +21,13 @@ class CharTokenizer:
 
     def apply_chat_template(self, conversation: list[dict[str, str]], **kwargs: Any) -> list[int] | str:
         """Mark up as ChatML does, with `EOS` for its end of turn."""
-        assert kwargs.pop("add_generation_prompt") and not kwargs.pop("return_dict", False)
+        assert not kwargs.pop("return_dict", False)
         turns = "".join(f"<|im_start|>{m['role']}\n{m['content']}{EOS}\n" for m in conversation)
-        text = turns + "<|im_start|>assistant\n"
+        if kwargs.pop("continue_final_message", False):
+            text = turns.removesuffix(f"{EOS}\n")
+        else:
+            assert kwargs.pop("add_generation_prompt")
+            text = turns + "<|im_start|>assistant\n"
         return self.encode(text, add_special_tokens=False) if kwargs["tokenize"] else text
 
     def encode(self, text: str, **kwargs: Any) -> list[int]:

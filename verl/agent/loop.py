@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from verl.agent.grammar.base import Action, Grammar, Message, Observation
-from verl.agent.protocols import Generation, PolicyEngine, Sampling, Search
+from verl.agent.protocols import Generation, PerQuestion, PolicyEngine, Sampling, Search
 from verl.errors import EngineError, GeneratorError, GrammarError, RetrieverError
 from verl.types import Question, Role, SearchResult, Segment, Stop, Trajectory, Turn
 
@@ -130,7 +130,7 @@ class _Episode:
         self.question = question
         self.grammar = grammar
         self.engine = engine
-        self.search = search
+        self.search = search.bound(question) if isinstance(search, PerQuestion) else search
         self.tokenizer = tokenizer
         self.sampling = sampling
         self.prompt_ids = chat_prompt(tokenizer, grammar.prompt_messages(question))
@@ -186,6 +186,7 @@ class _Episode:
                 finished=action.finished,
                 invalid=action.invalid,
                 answer=action.answer,
+                note=action.note,
                 prompt_ids=self.rebuilt,
             )
         )
@@ -205,8 +206,8 @@ class _Episode:
             self.context.extend(generation.ids)
             text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             action = self.grammar.parse(self.question, self.turns, text)
-            goes_on = action.invalid and self._at_stop_string(generation) and 0 < len(generation.ids) < budget
-            if not goes_on:
+            unread = action.invalid and not action.finished
+            if not (unread and self._at_stop_string(generation) and 0 < len(generation.ids) < budget):
                 return _Sampled(tuple(segments), text, action)
 
     async def _generate(self, budget: int) -> Generation:
@@ -305,12 +306,13 @@ def user_turn(tokenizer: Tokenizer, content: str, closed: bool) -> str:
 
 
 def chat_prompt(tokenizer: Tokenizer, messages: list[Message]) -> tuple[int, ...]:
-    """Return the token ids of a conversation, up to where the assistant speaks.
+    """Return the token ids of a conversation, up to where the assistant speaks, or goes on if it spoke last.
 
     Raises:
         GrammarError: the tokenizer has no chat template.
     """
     if not tokenizer.chat_template:
         raise GrammarError("the tokenizer has no chat template; use an instruct model or set tokenizer.chat_template")
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    turn = "continue_final_message" if messages[-1]["role"] == "assistant" else "add_generation_prompt"
+    ids = tokenizer.apply_chat_template(messages, **{turn: True}, tokenize=True, return_dict=False)
     return tuple(ids)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from verl.types import SearchResult
+from verl.types import Question, SearchResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,4 +66,13 @@ class Search(Protocol):
         Raises:
             RetrieverError: after bounded retries; never an empty or made-up result instead.
         """
+        ...
+
+
+@runtime_checkable
+class PerQuestion(Protocol):
+    """A search that treats every question apart, for example with a date up to which publications count."""
+
+    def bound(self, question: Question) -> Search:
+        """Return the search for the queries of one question."""
         ...

@@ -40,13 +40,17 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """What the policy asked for in one turn; the fields mean what they mean in `Turn`."""
+    """What the policy asked for in one turn; the fields mean what they mean in `Turn`.
+
+    `finished` and `invalid` together end a trajectory whose one turn cannot be read.
+    """
 
     query: str | None = None
     selected: tuple[int, ...] | None = None
     finished: bool = False
     invalid: bool = False
     answer: str | None = None
+    note: str = ""
 
 
 Message = dict[str, str]

@@ -10,19 +10,21 @@ from collections.abc import Callable
 from typing import Any
 
 from verl.agent.grammar.base import Complete, Grammar
+from verl.agent.grammar.deepretrieval import DeepRetrievalConfig, DeepRetrievalGrammar
 from verl.agent.grammar.ircot import IRCoTConfig, IRCoTGrammar
 from verl.agent.grammar.s3 import S3Config, S3Grammar
 from verl.agent.grammar.search_o1 import SearchO1Config, SearchO1Grammar
 from verl.agent.grammar.search_r1 import SearchR1Config, SearchR1Grammar
 from verl.errors import ConfigError
 
-SearchConfig = S3Config | SearchR1Config | SearchO1Config | IRCoTConfig
+SearchConfig = S3Config | SearchR1Config | SearchO1Config | IRCoTConfig | DeepRetrievalConfig
 
 _GRAMMARS: dict[type, Callable[[Any, Complete | None], Grammar]] = {
     S3Config: lambda config, _: S3Grammar(config),
     SearchR1Config: lambda config, _: SearchR1Grammar(config),
     SearchO1Config: SearchO1Grammar,
     IRCoTConfig: lambda config, _: IRCoTGrammar(config),
+    DeepRetrievalConfig: lambda config, _: DeepRetrievalGrammar(config),
 }
 
 
