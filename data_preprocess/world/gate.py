@@ -14,7 +14,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from data_preprocess.world.build import WorldConfig, build
 from generator_llms import prompts
 from verl.agent import loop
-from verl.agent.grammar.s3 import S3Config, S3Grammar
+from verl.agent.grammar.deepretrieval import DeepRetrievalConfig
+from verl.agent.grammar.ircot import IRCoTConfig
+from verl.agent.grammar.registry import SearchConfig, build_grammar
+from verl.agent.grammar.s3 import S3Config
+from verl.agent.grammar.search_o1 import SearchO1Config
+from verl.agent.grammar.search_r1 import SearchR1Config
 from verl.agent.protocols import Sampling
 from verl.records import read_questions
 from verl.retrieval.build import build_index
@@ -34,6 +39,15 @@ SEARCH = S3Config(
     max_context_tokens=1000,
     prompt="compact",
 )
+_LENGTHS = {"max_generation_tokens": 96, "max_observation_tokens": 200, "max_context_tokens": 1000}
+AGENT: dict[str, SearchConfig] = {
+    "Search-R1": SearchR1Config(max_prompt_tokens=400, prompt="compact", **_LENGTHS),
+    "Search-o1": SearchO1Config(max_prompt_tokens=400, prompt="compact", condense=False, **_LENGTHS),
+    "IRCoT": IRCoTConfig(max_prompt_tokens=900, prompt="compact", **_LENGTHS),
+    "DeepRetrieval": DeepRetrievalConfig(topk=3, max_prompt_tokens=400, prompt="compact", **_LENGTHS),
+}
+"""The baselines' protocols at the lengths that the tiny agent can take."""
+
 BASELINE_DOCUMENTS = 3
 Context = Sequence[Document]
 
@@ -112,10 +126,12 @@ def tiny_engine(model: Path) -> RolloutEngine:
     return create_engine(EngineConfig(str(model), kind="hf", dtype="float32", max_model_len=1024, device="cpu"))
 
 
-async def trajectories(model: Path, held_out: HeldOut, sampling: Sampling) -> list[Trajectory]:
+async def trajectories(
+    model: Path, held_out: HeldOut, sampling: Sampling, search: SearchConfig = SEARCH
+) -> list[Trajectory]:
     """Search for every held-out question; result i belongs to question i."""
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
-    grammar = S3Grammar(SEARCH)
+    grammar = build_grammar(search)
     engine = tiny_engine(model)
     done = {}
     async for trajectory in loop.gather(held_out.questions, grammar, engine, held_out.search, tokenizer, sampling):
@@ -154,6 +170,17 @@ async def searcher_checks(reader: Reader, searcher: Path, held_out: HeldOut, ora
     ]
 
 
+async def agent_checks(reader: Reader, agent: Path, held_out: HeldOut) -> list[Check]:
+    """Measure the agent, greedy, in every protocol of the baselines: is it valid, and does it help the generator."""
+    checks = []
+    for name, search in AGENT.items():
+        played = await trajectories(agent, held_out, Sampling(temperature=0.0), search)
+        right = await reader.accurate(held_out.questions, [t.documents for t in played])
+        checks.append(Check(f"agent, {name}, valid", share([t.valid for t in played]), low=0.90))
+        checks.append(Check(f"agent, {name}, generator accurate", share(right), low=0.30))
+    return checks
+
+
 def of_kind(questions: Sequence[Question], values: Sequence[bool], kind: str) -> list[bool]:
     """The values of the questions of one kind."""
     return [value for question, value in zip(questions, values, strict=True) if question.kind == kind]
@@ -164,12 +191,16 @@ def share(values: Sequence[bool]) -> float:
     return sum(values) / len(values)
 
 
-async def measure(generator: Path, searcher: Path | None, test: int = 400, seed: int = 0) -> list[Check]:
-    """Run the whole gate on `test` held-out questions; without a searcher, the generator's part."""
+async def measure(
+    generator: Path, searcher: Path | None = None, agent: Path | None = None, test: int = 400, seed: int = 0
+) -> list[Check]:
+    """Run the gate on `test` held-out questions, for the models that are given."""
     with tempfile.TemporaryDirectory() as folder:
         held_out = HeldOut(Path(folder), WorldConfig(test=test, seed=seed))
         reader = Reader(generator)
         checks = await generator_checks(reader, held_out)
         if searcher is not None:
             checks += await searcher_checks(reader, searcher, held_out, checks[0].value, seed)
+        if agent is not None:
+            checks += await agent_checks(reader, agent, held_out)
         return checks

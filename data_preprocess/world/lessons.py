@@ -96,7 +96,7 @@ class LessonMaker:
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def _chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def chat(self, messages: list[dict[str, str]]) -> list[int]:
         return self._encode(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
     def _passages(self, facts: dict[str, dict[str, str]]) -> list[Document]:
@@ -115,7 +115,7 @@ class LessonMaker:
         for index, chain in enumerate(asked):
             question = Question("", chain.ask(self.rng), (chain.answer,), "world")
             if index == 0:
-                prompt = self._chat(prompts.build("context", question, self._passages(facts)))
+                prompt = self.chat(prompts.build("context", question, self._passages(facts)))
             else:
                 prompt = self._encode(f"\n<|im_start|>user\n{question.text}<|im_end|>\n<|im_start|>assistant\n")
             reply = self._encode(f"{final_answer_text(chain)}<|im_end|>")
@@ -137,15 +137,15 @@ class LessonMaker:
         facts = draw_facts(self.rng, self.rng.sample(names(), self.rng.randint(4, 8)))
         one, two = chains(facts)
         chain = self.rng.choice(two if two and self.rng.random() < 0.65 else one)
-        shown = self._retrieved(facts, chain.subjects[0])
+        shown = self.retrieved(facts, chain.subjects[0])
         question = Question("", chain.ask(self.rng), (chain.answer,), "world", initial_documents=shown)
-        parts = [(self._chat(self.grammar.prompt_messages(question)), False)]
+        parts = [(self.chat(self.grammar.prompt_messages(question)), False)]
         first_turn, target = self._open(chain, shown, self.rng.random() < expert)
         parts.append((first_turn, True))
         if target:
-            shown = self._retrieved(facts, target)
+            shown = self.retrieved(facts, target)
             parts += [(self.grammar.observation_text(shown), False), (select_and_stop(shown, target), True)]
-        return self._trajectory(parts)
+        return self.trajectory(parts)
 
     def _open(self, chain: Chain, shown: Sequence[Document], expert: bool) -> tuple[str, str]:
         """Return the first turn and the subject of the search that it starts ("" when it stops instead)."""
@@ -163,7 +163,7 @@ class LessonMaker:
         target = subject if way == "repeat" else other
         return query_text(chain.relations[-1], target), target
 
-    def _retrieved(self, facts: dict[str, dict[str, str]], subject: str) -> tuple[Document, ...]:
+    def retrieved(self, facts: dict[str, dict[str, str]], subject: str) -> tuple[Document, ...]:
         """What BM25 tends to return for a query about `subject`: its passage first, then ones that mention it.
 
         A subject without a passage of its own (a name that only occurs as an object) gets the mentions alone.
@@ -178,7 +178,7 @@ class LessonMaker:
         world = World(facts)
         return tuple(world.passage(s) for s in chosen)
 
-    def _trajectory(self, parts: Sequence[tuple[str | list[int], bool]]) -> Lesson:
+    def trajectory(self, parts: Sequence[tuple[str | list[int], bool]]) -> Lesson:
         ids: list[int] = []
         learned: list[bool] = []
         for part, is_learned in parts:

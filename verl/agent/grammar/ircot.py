@@ -91,7 +91,7 @@ class IRCoTGrammar:
 
     def prompt_messages(self, question: Question) -> list[Message]:
         """Return the message that asks for the first step."""
-        return self._messages(question, (), question.initial_documents)
+        return self.messages(question, (), question.initial_documents)
 
     def parse(self, question: Question, turns: Sequence[Turn], text: str) -> Action:
         """Read one step: complete, or the next query."""
@@ -109,7 +109,7 @@ class IRCoTGrammar:
 
         def rebuild(count: int) -> list[Message]:
             fresh = (document for document in found[:count] if (document.title, document.text) not in known)
-            return self._messages(question, chain, (*earlier, *fresh))
+            return self.messages(question, chain, (*earlier, *fresh))
 
         return Observation("", tuple(document.title for document in found), rebuild=rebuild)
 
@@ -118,7 +118,8 @@ class IRCoTGrammar:
         found = (document for turn in turns if turn.result for document in turn.result.documents)
         return unique_documents((*question.initial_documents, *found))
 
-    def _messages(self, question: Question, chain: Sequence[str], documents: Sequence[Document]) -> list[Message]:
+    def messages(self, question: Question, chain: Sequence[str], documents: Sequence[Document]) -> list[Message]:
+        """Return the message that asks for the step after `chain`."""
         template = PUBLISHED_PROMPT if self.config.prompt == "published" else COMPACT_PROMPT
         lines = (document_line(number, document, gap=" ") for number, document in enumerate(documents, 1))
         steps = (f"{number}. {one_line(_TAG.sub(' ', step))}" for number, step in enumerate(chain, 1))

@@ -135,20 +135,28 @@ class SearchO1Grammar:
         """Return the condensed result."""
         if result is None:
             return Observation(f"\n\n{RESULT_START}The query was empty.{RESULT_END}\n\n")
-        head, tail = f"\n\n{RESULT_START}", f"{RESULT_END}\n\n"
-        lines = tuple(document_line(number, document) for number, document in enumerate(result.documents, 1))
+        found = _result(result.documents)
         if self._complete is None or not self.config.condense:
-            return Observation(head, lines, tail)
+            return found
         reasoning = "".join(turn.text for turn in turns)[-self.config.max_reasoning_chars :]
         asked = CONDENSE.substitute(
-            reasoning=neutralise(reasoning), query=neutralise(turns[-1].query or ""), pages="\n".join(lines)
+            reasoning=neutralise(reasoning), query=neutralise(turns[-1].query or ""), pages="\n".join(found.items)
         )
         reply = await self._complete([{"role": "user", "content": asked}])
         _, marked, useful = reply.partition(_FINAL)
         shown = neutralise((useful if marked else reply).strip(" \n*:"))
         # All documents stay with the turn: what was condensed is what was found.
-        return Observation(head + shown + tail)
+        return Observation(found.head + shown + found.tail)
+
+    def observation_text(self, documents: Sequence[Document]) -> str:
+        """Render the result block that shows `documents` as they are, all of them."""
+        return _result(documents).text(len(documents))
 
     def assemble(self, question: Question, turns: Sequence[Turn]) -> tuple[Document, ...]:
         """Return all documents that were found, in order, equal ones (title and text) once."""
         return unique_documents(document for turn in turns if turn.result for document in turn.result.documents)
+
+
+def _result(documents: Sequence[Document]) -> Observation:
+    lines = tuple(document_line(number, document) for number, document in enumerate(documents, 1))
+    return Observation(f"\n\n{RESULT_START}", lines, f"{RESULT_END}\n\n")

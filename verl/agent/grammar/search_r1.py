@@ -94,11 +94,17 @@ class SearchR1Grammar:
 
     async def observe(self, question: Question, turns: Sequence[Turn], result: SearchResult | None) -> Observation:
         """Return the information block, or after an invalid turn what was wrong."""
-        if result is None:
-            return Observation(FEEDBACK)
-        lines = tuple(document_line(number, document) for number, document in enumerate(result.documents, 1))
-        return Observation("\n\n<information>", lines, "</information>\n\n")
+        return Observation(FEEDBACK) if result is None else _information(result.documents)
+
+    def observation_text(self, documents: Sequence[Document]) -> str:
+        """Render the information block that shows `documents`, all of them."""
+        return _information(documents).text(len(documents))
 
     def assemble(self, question: Question, turns: Sequence[Turn]) -> tuple[Document, ...]:
         """Return all documents that were shown, in order, equal ones (title and text) once."""
         return unique_documents(document for turn in turns if turn.result for document in turn.result.documents)
+
+
+def _information(documents: Sequence[Document]) -> Observation:
+    lines = tuple(document_line(number, document) for number, document in enumerate(documents, 1))
+    return Observation("\n\n<information>", lines, "</information>\n\n")
