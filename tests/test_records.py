@@ -37,6 +37,7 @@ QUESTIONS = st.builds(
     source=FILLED,
     gold_titles=st.lists(TEXT, max_size=3, unique=True).map(tuple),
     initial_documents=DOCUMENTS,
+    extra=st.dictionaries(TEXT, TEXT, max_size=2),
     baseline=st.none() | st.builds(Baseline, documents=DOCUMENTS, answer=TEXT, correct=st.booleans()),
     kind=TEXT,
 )
@@ -103,6 +104,7 @@ def test_columns_and_values_are_the_published_ones(tmp_path: Path) -> None:
         "metadata": {"kind": "1-hop"},
         "initial_searched_results": [],
         "baseline": None,
+        "extra": [],
     }
 
 
@@ -233,6 +235,7 @@ def test_any_string_can_be_parsed(text: str) -> None:
         (published_row(initial_searched_results=4), "expected a list of documents or their rendered string"),
         (published_row(initial_searched_results=[{"id": "1"}]), "expected {id, title, text} or {id, contents}"),
         (published_row(baseline={"documents": [], "answer": "x", "correct": 1}), "expected a string and a bool"),
+        (published_row(extra={"pub_date": 3}), "expected a map of strings to strings"),
     ],
 )
 def test_malformed_rows_say_what_came_and_what_was_expected(row: dict, message: str) -> None:

@@ -2,7 +2,7 @@
 
 Columns written: `data_source`, `prompt` [{role, content}], `ability`, `reward_model` {style, ground_truth {question,
 target, gt_docs {title}}}, `extra_info` {split, index}, `id`, `question`, `golden_answers`, `metadata` {kind},
-`initial_searched_results` [{id, title, text}] and, ours, `baseline` {documents, answer, correct}.
+`initial_searched_results` [{id, title, text}] and, ours, `baseline` {documents, answer, correct} and `extra`, a map.
 
 What the published files leave open is decided here, once:
 
@@ -58,6 +58,7 @@ SCHEMA = pa.schema(
         "metadata": pa.struct({"kind": pa.string()}),
         "initial_searched_results": _DOCUMENTS,
         "baseline": pa.struct({"documents": _DOCUMENTS, "answer": pa.string(), "correct": pa.bool_()}),
+        "extra": pa.map_(pa.string(), pa.string()),
     }
 )
 
@@ -141,6 +142,7 @@ def question_to_row(question: Question, split: str, index: int, prompt: str) -> 
             "answer": baseline.answer,
             "correct": baseline.correct,
         },
+        "extra": list(question.extra.items()),
     }
 
 
@@ -167,7 +169,18 @@ def question_from_row(row: Row) -> Question:
         initial_documents=_documents(row.get("initial_searched_results"), "initial_searched_results", identity),
         baseline=_baseline(row.get("baseline"), identity),
         kind=str(kind),
+        extra=_extra(row.get("extra")),
     )
+
+
+def _extra(value: Any) -> dict[str, str]:
+    """Read a map, which pyarrow hands over as a list of pairs."""
+    if value is None:
+        return {}
+    pairs = dict(value.items() if isinstance(value, Mapping) else value)
+    if not all(isinstance(name, str) and isinstance(entry, str) for name, entry in pairs.items()):
+        raise DataError(f"extra={str(value)[:120]}; expected a map of strings to strings")
+    return pairs
 
 
 def parse_documents(rendered: str) -> list[tuple[str, str]]:

@@ -61,6 +61,7 @@ class Question:
         initial_documents: the round-0 documents that the searcher sees in its prompt.
         baseline: naive-RAG outcome, None until it has been precomputed.
         kind: a sub-category for breakdowns, for example `"2-hop"`; empty when unknown.
+        extra: what only some tasks know of a question, for example `pub_date` or `db_path`.
     """
 
     id: str
@@ -71,6 +72,7 @@ class Question:
     initial_documents: tuple[Document, ...] = ()
     baseline: Baseline | None = None
     kind: str = ""
+    extra: Mapping[str, str] = field(default_factory=dict)
 
 
 class Role(str, Enum):
