@@ -26,7 +26,7 @@ from data_preprocess.published_cache import CacheEntry, merged, read_cache
 from data_preprocess.train_filter import TrainFilter, select
 from generator_llms.client import GeneratorClient
 from generator_llms.config import GeneratorConfig
-from generator_llms.judge import LLMJudge
+from generator_llms.judge import open_judge
 from verl.agent.protocols import Search
 from verl.config import run_entry
 from verl.errors import DataError
@@ -78,7 +78,8 @@ class RagCacheConfig:
         split: goes to `extra_info.split`; the filter is applied to `train` only.
         cache_json: the published cache, entries of other questions are kept; `rag_cache.json` beside `output` if None.
         limit: take the first so many questions only.
-        judge: let the generator judge answers that match no gold literally.
+        judge: let a model judge answers that match no gold literally.
+        judge_generator: the model that judges; as published the generator itself if None.
     """
 
     questions: Path
@@ -87,6 +88,7 @@ class RagCacheConfig:
     cache_json: Path | None = None
     limit: int | None = None
     judge: bool = False
+    judge_generator: GeneratorConfig | None = None
     documents: BaselineConfig = field(default_factory=BaselineConfig)
     filter: TrainFilter = field(default_factory=TrainFilter)
     retriever: RetrieverClientConfig = field(default_factory=RetrieverClientConfig)
@@ -201,7 +203,7 @@ async def run(config: RagCacheConfig, prompt_fn: Callable[[Question], str] | Non
     async with AsyncExitStack() as stack:
         search = await stack.enter_async_context(RetrieverClient(config.retriever))
         generator = await stack.enter_async_context(GeneratorClient(config.generator))
-        judge = LLMJudge(generator.complete) if config.judge else None
+        judge = await open_judge(config.judge_generator, generator, stack) if config.judge else None
         answers = NaiveRagAnswers(config.documents, search, generator.answer, judge)
         journal = stack.enter_context(Journal(journal_path, await _parameters(config, generator)))
         title = f"naive RAG, {config.split}"
@@ -252,7 +254,7 @@ async def _parameters(config: RagCacheConfig, generator: GeneratorClient) -> dic
         "generator": await generator.ready(),
         "generator_identity": asked.model_identity,
         "sampling": [asked.temperature, asked.top_p, asked.seed, asked.max_tokens, asked.max_prompt_tokens],
-        "judge": config.judge,
+        "judge": config.judge and (config.judge_generator.model if config.judge_generator else True),
     }
 
 

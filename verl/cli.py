@@ -24,11 +24,15 @@ COMMANDS: dict[str, Command] = {
     "serve-retriever": Command("verl.retrieval.server", "serve an index over HTTP"),
     "serve-generator": Command("generator_llms.host", "serve a frozen generator over vLLM"),
     "precompute": Command("data_preprocess.rag_cache", "answer questions by naive RAG: round-0 documents and baseline"),
+    "import-cache": Command("data_preprocess.published_cache", "make baselines of a published rag_cache.json"),
     "train": Command("verl.trainer.main_ppo", "train a searcher"),
     "verify-resume": Command(
         "verl.trainer.verify_resume", "prove that a killed and resumed training equals an unbroken one"
     ),
     "collect": Command("verl.evaluation.collect", "gather every question's documents by one method"),
+    "controls": Command(
+        "verl.evaluation.controls", "what equal, random, gold or no documents do"
+    ),
     "evaluate": Command("verl.evaluation.evaluate", "score collected documents, several methods in one report"),
 }
 

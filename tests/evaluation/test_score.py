@@ -8,7 +8,8 @@ import pytest
 
 from tests.rewards.fakes import FakeGenerator, FakeJudge, documents, question
 from verl.errors import DataError, GeneratorError
-from verl.evaluation.score import ScoringConfig, bootstrap_interval, score_contexts
+from verl.evaluation.score import score_contexts
+from verl.evaluation.summary import ScoringConfig, bootstrap_interval
 
 QUESTIONS = [
     question("q/1", source="nq", kind="1-hop", gold_titles=("France",)),

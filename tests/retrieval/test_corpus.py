@@ -1,18 +1,20 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import os
+import resource
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 
+import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from tests.retrieval.support import PASSAGES, open_corpus, write_corpus, write_jsonl
-from verl.errors import DataError
-from verl.retrieval.corpus import Corpus, parse_document
+from tests.retrieval.support import PASSAGES, open_corpus, write_corpus
+from verl.errors import ConfigError, DataError
+from verl.retrieval.corpus import Corpus
 from verl.types import Document
 
 DOCUMENTS = [Document(*passage) for passage in PASSAGES]
@@ -37,22 +39,6 @@ def test_documents_beyond_one_block_keep_their_order(tmp_path: Path) -> None:
     corpus = open_corpus(tmp_path, passages)
     assert [document.id for document in corpus.documents(4000, 8300)] == [f"p{n}" for n in range(4000, 8300)]
     assert corpus[9000] == Document("p9000", "title 9000", "text 9000")
-
-
-def test_every_format_gives_the_same_documents_and_fingerprint(tmp_path: Path) -> None:
-    quoted = write_corpus(tmp_path / "quoted.jsonl")
-    plain = write_jsonl(
-        tmp_path / "plain.jsonl", [{"id": id, "contents": f"{title}\n{text}"} for id, title, text in PASSAGES]
-    )
-    columns = write_jsonl(
-        tmp_path / "columns.jsonl", [{"id": id, "title": title, "text": text, "url": 1} for id, title, text in PASSAGES]
-    )
-    zipped = tmp_path / "zipped.jsonl.gz"
-    zipped.write_bytes(gzip.compress(quoted.read_bytes()))
-    opened = [Corpus.open(path) for path in (quoted, plain, columns, zipped)]
-    assert [list(corpus.documents()) for corpus in opened] == [DOCUMENTS] * 4
-    expected = hashlib.sha256("".join(json.dumps(list(p)) + "\n" for p in PASSAGES).encode()).hexdigest()
-    assert {corpus.fingerprint for corpus in opened} == {expected}
 
 
 def test_integer_ids_blank_lines_and_a_byte_order_mark_are_read(tmp_path: Path) -> None:
@@ -90,7 +76,7 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path, damage: str) -> None:
     else:
         (cache / "c.jsonl.json").write_text("{", "utf-8")
     assert list(Corpus.open(path, cache).documents()) == DOCUMENTS
-    assert sorted(entry.name for entry in cache.iterdir()) == sorted([f"{fingerprint}.arrow", "c.jsonl.json"])
+    assert sorted(entry.name for entry in cache.iterdir()) == sorted([".lock", f"{fingerprint}.arrow", "c.jsonl.json"])
 
 
 GOOD = b'{"id": "a", "contents": "T\\nx"}\n'
@@ -125,7 +111,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: bytes, reason: str) -> None:
         Corpus.open(path)
     assert f"{path}, line 3: " in str(caught.value)
     assert reason in str(caught.value)
-    assert list((tmp_path / "bad.jsonl.cache").iterdir()) == []
+    assert [entry.name for entry in (tmp_path / "bad.jsonl.cache").iterdir()] == [".lock"]
 
 
 def test_an_empty_a_missing_and_an_unwritable_corpus_say_so(tmp_path: Path) -> None:
@@ -147,34 +133,153 @@ def test_a_broken_gzip_says_so(tmp_path: Path) -> None:
         Corpus.open(path)
 
 
-def test_a_title_over_two_lines_survives_the_one_string_form() -> None:
-    document = parse_document(json.dumps({"id": "a", "title": "two\n lines", "text": " x "}).encode())
-    assert document == Document("a", "two lines", "x")
-    assert Document.from_contents("a", document.contents) == document
+def test_several_documents_are_fetched_by_row(corpus: Corpus) -> None:
+    assert corpus.rows([3, 0, 3]) == [DOCUMENTS[3], DOCUMENTS[0], DOCUMENTS[3]]
+    assert corpus.rows(np.array([7, 1])) == [DOCUMENTS[7], DOCUMENTS[1]]
+    assert corpus.ids(np.array([7, 1])) == ["d7", "d1"]
+    assert corpus.rows([]) == [] and corpus.ids([]) == []
 
 
-def document_or_reason(line: bytes) -> Document | str:
+@pytest.mark.parametrize("rows", [[0, -1], [8], [2**40, 0]])
+def test_rows_outside_are_refused(corpus: Corpus, rows: list[int]) -> None:
+    for fetch in (corpus.rows, corpus.ids):
+        with pytest.raises(IndexError, match="outside the corpus's 8 documents"):
+            fetch(rows)
+
+
+BAD = [b"{not json}", b'{"id": "b", "contents": 5}', b'{"id": "d0", "contents": "Again\\nx"}']
+
+
+def write_bad(path: Path, bad: Sequence[bytes] = BAD) -> Path:
+    """Write the passages with a bad line after each of the first ones."""
+    lines = [json.dumps({"id": id, "contents": f"{title}\n{text}"}).encode() for id, title, text in PASSAGES]
+    mixed = [line for pair in zip_longest(lines, bad) for line in pair if line is not None]
+    path.write_bytes(b"\n".join(mixed) + b"\n")
+    return path
+
+
+def test_skipped_lines_are_counted_logged_and_remembered(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_bad(tmp_path / "c.jsonl")
+    clean = open_corpus(tmp_path)
+    for _ in range(2):
+        caplog.clear()
+        corpus = Corpus.open(path, on_error="skip")
+        assert list(corpus.documents()) == DOCUMENTS
+        assert corpus.skipped == 3 and corpus.fingerprint == clean.fingerprint
+        assert f"corpus {path}: 3 bad lines are left out" in caplog.text
+        assert f"{path}, line 2: not JSON" in caplog.text
+        assert f"{path}, line 4: contents is a int" in caplog.text
+        assert f"{path}, line 6: id 'd0' was used on line 1; ids must be unique" in caplog.text
+    assert clean.skipped == 0
+
+
+def test_a_cache_with_skipped_lines_is_refused_where_none_may_be_skipped(tmp_path: Path) -> None:
+    path = write_bad(tmp_path / "c.jsonl")
+    with pytest.raises(DataError, match="line 2: not JSON"):
+        Corpus.open(path)
+    Corpus.open(path, on_error="skip")
+    with pytest.raises(DataError, match=r"line 2: not JSON.*\(3 bad lines were skipped .*--on_error=skip"):
+        Corpus.open(path)
+
+
+def test_a_clean_corpus_is_converted_once_for_both_ways(tmp_path: Path) -> None:
+    path = write_corpus(tmp_path / "c.jsonl")
+    arrow = tmp_path / "c.jsonl.cache" / f"{Corpus.open(path, on_error='skip').fingerprint}.arrow"
+    converted = arrow.stat().st_mtime_ns
+    assert Corpus.open(path).skipped == 0
+    assert arrow.stat().st_mtime_ns == converted
+
+
+def test_only_the_first_faults_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    corpus = Corpus.open(write_bad(tmp_path / "c.jsonl", [b"{"] * 40), on_error="skip")
+    assert corpus.skipped == 40 and list(corpus.documents()) == DOCUMENTS
+    assert caplog.text.count("not JSON") == 5
+
+
+def test_a_corpus_of_bad_lines_alone_says_what_is_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_bytes(b"{\n[\n")
+    with pytest.raises(DataError, match=r"holds no document \(2 bad lines; .*line 1: not JSON"):
+        Corpus.open(path, on_error="skip")
+
+
+def test_an_unknown_way_with_errors_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="on_error='ignore'; expected one of raise, skip"):
+        Corpus.open(write_corpus(tmp_path / "c.jsonl"), on_error="ignore")  # type: ignore[arg-type]
+
+
+def test_repeated_ids_are_dropped_in_every_block(tmp_path: Path) -> None:
+    ids = [str(n) for n in range(9000)]
+    for repeat in (1, 4095, 4096, 8999):
+        ids[repeat] = "0"
+    path = write_corpus(tmp_path / "c.jsonl", [(id, f"title {n}", "x") for n, id in enumerate(ids)])
+    corpus = Corpus.open(path, on_error="skip")
+    kept = [n for n in range(9000) if n not in (1, 4095, 4096, 8999)]
+    assert [document.title for document in corpus.documents()] == [f"title {n}" for n in kept]
+    assert (corpus.skipped, len(corpus)) == (4, 8996)
+
+
+def test_a_full_disk_says_so_and_leaves_nothing(tmp_path: Path) -> None:
+    path = write_corpus(tmp_path / "c.jsonl", [(f"p{n}", "title", "text " * 20) for n in range(9000)])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, hard))
     try:
-        return parse_document(line)
-    except ValueError as reason:
-        return str(reason)
+        with pytest.raises(
+            DataError, match=r"cannot convert it into .* free some space there, or choose another cache"
+        ):
+            Corpus.open(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [entry.name for entry in (tmp_path / "c.jsonl.cache").iterdir()] == [".lock"]
+    assert len(Corpus.open(path)) == 9000
 
 
-@given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
-def test_any_bytes_are_a_document_or_a_reason(line: bytes) -> None:
-    assert document_or_reason(line)
+def test_what_a_killed_conversion_left_is_swept_up(tmp_path: Path) -> None:
+    path, cache = write_corpus(tmp_path / "c.jsonl"), tmp_path / "cache"
+    (cache / ".converting-old").mkdir(parents=True)
+    (cache / ".converting-old" / "corpus.arrow").write_bytes(b"half")
+    (cache / "tmp-of-somebody-else").mkdir()
+    Corpus.open(path, cache)
+    assert not (cache / ".converting-old").exists() and (cache / "tmp-of-somebody-else").exists()
 
 
-values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9), lambda inner: st.lists(inner) | inner
-)
+def test_one_of_many_openings_converts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_corpus(tmp_path / "c.jsonl", [(f"p{n}", "title", "text") for n in range(20_000)])
+    with caplog.at_level("INFO"), ThreadPoolExecutor(4) as pool:
+        opened = list(pool.map(Corpus.open, [path] * 4))
+    assert [len(corpus) for corpus in opened] == [20_000] * 4
+    assert caplog.text.count("converted ") == 1
 
 
-@given(st.dictionaries(st.sampled_from(["id", "contents", "title", "text", "other"]), values))
-def test_any_object_is_a_document_or_a_reason(row: dict[str, object]) -> None:
-    outcome = document_or_reason(json.dumps(row).encode())
-    if isinstance(outcome, Document):
-        assert outcome.id == str(row["id"])
-        assert outcome.title or outcome.text
-    else:
-        assert outcome
+def test_a_folder_may_be_named_from_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "corpus").mkdir()
+    write_corpus(tmp_path / "corpus" / "a.jsonl")
+    monkeypatch.chdir(tmp_path / "corpus")
+    assert list(Corpus.open(".").documents()) == DOCUMENTS
+    assert (tmp_path / "corpus.cache").is_dir()
+
+
+def test_a_file_added_to_a_folder_is_seen(tmp_path: Path) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    write_corpus(folder / "a.jsonl", PASSAGES[:3])
+    assert len(Corpus.open(folder)) == 3
+    write_corpus(folder / "b.jsonl", PASSAGES[3:])
+    assert list(Corpus.open(folder).documents()) == DOCUMENTS
+
+
+def test_a_repeated_id_is_placed_across_files(tmp_path: Path) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    write_corpus(folder / "a.jsonl", PASSAGES[:3])
+    write_corpus(folder / "b.jsonl", PASSAGES[2:])
+    with pytest.raises(DataError, match=r"b.jsonl, line 1: id 'd2' was used on line 3 of .*a.jsonl; ids must be uniq"):
+        Corpus.open(folder)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read_says_so(tmp_path: Path) -> None:
+    path = write_corpus(tmp_path / "c.jsonl")
+    path.chmod(0)
+    with pytest.raises(DataError, match=r"c.jsonl cannot be read after line 0"):
+        Corpus.open(path)

@@ -46,6 +46,53 @@ class FakeJudge:
         return self.verdict
 
 
+@dataclass(frozen=True)
+class FakeSample:
+    text: str
+    logprobs: tuple[float, ...] = (-1.0,)
+
+
+class FakeLikelihood:
+    """Log-probabilities by (answer, titles of the documents); records what it was asked."""
+
+    def __init__(self, known: dict[tuple[str, tuple[str, ...]], tuple[float, ...]]) -> None:
+        self.known = known
+        self.asked: list[tuple[str, str, tuple[str, ...]]] = []
+
+    async def __call__(self, question: Question, documents: Sequence[Document], answer: str) -> tuple[float, ...]:
+        titles = tuple(document.title for document in documents)
+        self.asked.append((question.id, answer, titles))
+        if (answer, titles) not in self.known:
+            raise GeneratorError("generator at http://here is down")
+        return self.known[answer, titles]
+
+
+class FakeSampler:
+    """Samples by number of documents; records (question, documents, n) of every call."""
+
+    def __init__(self, by_count: dict[int, tuple[FakeSample, ...]]) -> None:
+        self.by_count = by_count
+        self.asked: list[tuple[str, int, int]] = []
+
+    async def __call__(self, question: Question, documents: Sequence[Document], n: int) -> tuple[FakeSample, ...]:
+        self.asked.append((question.id, len(documents), n))
+        if len(documents) not in self.by_count:
+            raise GeneratorError("generator at http://here is down")
+        return self.by_count[len(documents)]
+
+
+class FakeEntailment:
+    """Entailment by pair of texts as they are asked; what is not listed is 0."""
+
+    def __init__(self, known: dict[tuple[str, str], float]) -> None:
+        self.known = known
+        self.asked: list[tuple[str, str]] = []
+
+    async def __call__(self, pairs: Sequence[tuple[str, str]]) -> tuple[float, ...]:
+        self.asked += pairs
+        return tuple(self.known.get(pair, 0.0) for pair in pairs)
+
+
 def documents(*titles: str) -> tuple[Document, ...]:
     return tuple(Document(title, title, f"Text of {title}.") for title in titles)
 

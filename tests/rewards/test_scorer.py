@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import pytest
+import yaml
 
-from tests.rewards.fakes import FakeGenerator, FakeJudge, documents, question, trajectory
+from tests.rewards.fakes import (
+    FakeGenerator,
+    FakeJudge,
+    FakeLikelihood,
+    FakeSampler,
+    documents,
+    question,
+    trajectory,
+)
 from verl.config import build
 from verl.errors import ConfigError, DataError, GeneratorError
-from verl.rewards.evidence import Evidence
+from verl.rewards import registry
+from verl.rewards.entailment import EntailmentConfig
+from verl.rewards.evidence import Evidence, Tools
+from verl.rewards.form import SearchCost
 from verl.rewards.gain import gain
 from verl.rewards.recall import answer_in_context, gold_recall
 from verl.rewards.registry import RewardConfig, Scorer, resolve
+from verl.rewards.seper import SemanticPerplexity
 from verl.types import Document, Question, RewardOutcome, Stop
 
 FOUND = documents("Louvre", "Seine", "France", "Rome")
@@ -33,6 +49,30 @@ class Counting:
     async def __call__(self, evidence: Evidence) -> RewardOutcome:
         verdict = await evidence.verdict()
         return RewardOutcome(float(len(verdict.answer)), {"length": float(len(verdict.answer))})
+
+
+@dataclass(frozen=True)
+class LongAnswer:
+    """A custom reward with parameters that asks a tool and checks the data set."""
+
+    needs: ClassVar[tuple[str, ...]] = ("likelihood",)
+
+    at_least: int
+    unit: Literal["words", "characters"] = "words"
+
+    def __post_init__(self) -> None:
+        if self.at_least < 1:
+            raise ValueError(f"at_least={self.at_least}; expected 1 or more")
+
+    def validate(self, questions: Sequence[Question]) -> None:
+        if any(not question.kind for question in questions):
+            raise DataError("a question has no kind")
+
+    async def __call__(self, evidence: Evidence) -> RewardOutcome:
+        answer = (await evidence.verdict()).answer
+        length = len(answer.split()) if self.unit == "words" else len(answer)
+        logprobs = await evidence.likelihood(evidence.question, evidence.documents, answer)
+        return RewardOutcome(float(length >= self.at_least), {"length": float(length), "tokens": float(len(logprobs))})
 
 
 NOT_A_REWARD = 3
@@ -213,6 +253,9 @@ def test_an_unknown_reward_is_refused(name: str, message: str) -> None:
         ({"equal_documents": 0}, "equal_documents=0"),
         ({"gain": "papr"}, "did you mean 'paper'"),
         ({"term": {"gain": 1.0}}, "did you mean 'terms'"),
+        ({"params": {"gian": {}}}, "params.gian belongs to no term; did you mean 'gain'"),
+        ({"judge": "allways"}, "did you mean 'always'"),
+        ({"entailment": {"modle": "x"}}, "did you mean 'entailment.model'"),
     ],
 )
 def test_a_wrong_setting_is_refused(mapping: dict[str, object], message: str) -> None:
@@ -220,6 +263,73 @@ def test_a_wrong_setting_is_refused(mapping: dict[str, object], message: str) ->
         build(RewardConfig, mapping)
 
 
+LONG = f"{__name__}.LongAnswer"
+
+
+def with_params(params: dict[str, object]) -> RewardConfig:
+    return build(RewardConfig, {"terms": {LONG: 2.0}, "params": {LONG: params}})
+
+
+@pytest.mark.parametrize(
+    ("params", "score", "length"),
+    [({"at_least": 2}, 2.0, 2.0), ({"at_least": 3}, 0.0, 2.0), ({"at_least": 3, "unit": "characters"}, 2.0, 8.0)],
+)
+async def test_a_custom_class_gets_its_parameters_and_its_tool(
+    params: dict[str, object], score: float, length: float
+) -> None:
+    likelihood = FakeLikelihood({("in Paris", ("Louvre", "Seine", "France", "Rome")): (-1.0, -1.0, -1.0)})
+    scorer = Scorer(with_params(params), FakeGenerator("in Paris"), tools=Tools(likelihood=likelihood))
+    outcome = await scorer(trajectory(question(), FOUND))
+    assert (outcome.score, outcome.parts["length"], outcome.parts["tokens"]) == (score, length, 3.0)
+    scorer.validate([question(kind="1-hop")])
+    with pytest.raises(DataError, match="no kind"):
+        scorer.validate([question()])
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (with_params({"at_leest": 2}), r"unknown key 'params\..*LongAnswer\.at_leest'; did you mean .*at_least'"),
+        (with_params({"at_least": "2"}), "expected int"),
+        (with_params({"at_least": 0}), r"params\..*LongAnswer: at_least=0; expected 1 or more"),
+        (with_params({}), "missing required key .*at_least"),
+        (with_params({"at_least": 1}), r"LongAnswer' needs likelihood, and there is none; pass Tools\("),
+        (RewardConfig({"em": 1.0}, params={"em": {"strict": True}}), "'em' takes no parameters; drop them"),
+        (RewardConfig({"gain": 1.0}, params={"gain": {"variant": "paper"}}), "set by the key gain"),
+        (
+            RewardConfig({f"{__name__}.Counting": 1.0}, params={f"{__name__}.Counting": {"x": 1}}),
+            "Counting' takes no parameters; .* make the reward a frozen dataclass",
+        ),
+    ],
+)
+def test_wrong_parameters_and_missing_tools_are_named(config: RewardConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Scorer(config, FakeGenerator())
+
+
+async def test_sub_span_holds_inside_of_words() -> None:
+    terms = {"sub_span": 1.0, "em": 0.0}
+    outcome = await Scorer(RewardConfig(terms), FakeGenerator("Parisian"))(trajectory(question(), FOUND))
+    assert (outcome.score, outcome.parts["sub_span"], outcome.parts["em"], outcome.correct) == (1.0, 1.0, 0.0, False)
+
+
+def test_every_reward_is_in_the_table_of_the_module() -> None:
+    table = [line.split("|")[1].strip(" `") for line in registry.__doc__.splitlines() if line.startswith("| `")]
+    assert table == list(registry.REWARDS)
+
+
 def test_settings_come_from_plain_yaml() -> None:
     config = build(RewardConfig, {"terms": {"gain": 1, "em": 0.1}, "gain": "paper", "equal_documents": 3})
     assert config == RewardConfig({"gain": 1.0, "em": 0.1}, "paper", 3)
+    text = """
+    terms: {semantic_perplexity: 1, search_cost: 0.05}
+    params: {semantic_perplexity: {variant: released, samples: 4}, search_cost: {free: 1}}
+    judge: always
+    entailment: {model: some/nli, batch_size: 8}
+    """
+    config = build(RewardConfig, yaml.safe_load(text))
+    tools = Tools(sampler=FakeSampler({}))
+    Scorer(config, FakeGenerator(), FakeJudge(True), tools)
+    assert resolve("semantic_perplexity", config) == SemanticPerplexity("released", 4)
+    assert resolve("search_cost", config) == SearchCost(free=1)
+    assert config.entailment == EntailmentConfig(model="some/nli", batch_size=8)

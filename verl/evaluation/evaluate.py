@@ -1,7 +1,10 @@
 """Score collected contexts with one frozen generator, and write one report over all methods.
 
     python -m verl.evaluation.evaluate output=outputs/report contexts.naive_rag=outputs/contexts/naive_rag \\
-        contexts.s3=outputs/contexts/s3 generator.base_url=http://127.0.0.1:8000/v1
+        contexts.s3=outputs/contexts/s3 baseline=naive_rag generator.base_url=http://127.0.0.1:8000/v1
+
+Written are `report.json` and `report.md`, one jsonl of scored questions a method (`scores/`), and the results in the
+published layout (`results/`).
 """
 
 from __future__ import annotations
@@ -12,22 +15,27 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from generator_llms.client import GeneratorClient
-from generator_llms.config import GeneratorConfig
-from generator_llms.judge import LLMJudge
+from generator_llms.config import GeneratorConfig, PromptName
+from generator_llms.judge import open_judge
 from verl.config import run_entry
 from verl.errors import ConfigError
 from verl.evaluation.collect import Context, collect_seconds, iter_contexts
+from verl.evaluation.control_report import controls_summary
 from verl.evaluation.journal import write_whole
+from verl.evaluation.published import write_results
 from verl.evaluation.report import plain, table, write_report
-from verl.evaluation.score import ScoreReport, ScoringConfig, score_contexts
+from verl.evaluation.score import score_contexts, with_trace
+from verl.evaluation.summary import ScoredQuestion, ScoreReport, ScoringConfig, Summary, compare, summarise
+from verl.evaluation.variants import Ablation, ablated, cut, with_documents
 from verl.rewards.evidence import Answer, Judge
+from verl.typed import nearest
 
 
 @dataclass(frozen=True)
@@ -35,21 +43,75 @@ class EvaluateConfig:
     """What to score.
 
     Attributes:
-        output: folder of the report and of one jsonl of scored questions a method.
+        output: folder of the report, the scored questions and the published results.
         contexts: folders that `s3 collect` wrote, by the method's name in the report.
+        prompts: how the generator is asked for a method, where it is not `generator.prompt`; zero_shot and cot are
+            asked without documents, whatever the method found.
+        topk: the generator gets the first so many documents of every context; None gives it all.
+        ablate: for every method with a trace of turns, further rows with its documents put together differently.
+        baseline: the method that every other one is compared with, question by question.
+        controls: folders that `s3 controls` wrote, by method; their tables go into the report.
         seed: written to the report; of the run that is evaluated.
-        judge: let the generator judge answers that match no gold literally.
+        judge: let a model judge answers that match no gold literally.
+        judge_generator: the model that judges; as published the generator itself if None.
     """
 
     output: Path
     contexts: Mapping[str, Path] = field(default_factory=dict)
+    prompts: Mapping[str, PromptName] = field(default_factory=dict)
+    topk: int | None = None
+    ablate: tuple[Ablation, ...] = ()
+    baseline: str | None = None
+    controls: Mapping[str, Path] = field(default_factory=dict)
     seed: int = 0
     judge: bool = False
+    judge_generator: GeneratorConfig | None = None
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
 
+    def __post_init__(self) -> None:
+        if not self.contexts:
+            raise ValueError("contexts is empty; name a folder for each method, contexts.naive_rag=PATH")
+        if self.topk is not None and self.topk < 1:
+            raise ValueError(f"topk={self.topk}; expected at least 1, or null for all documents")
+        asked = [*self.prompts, *self.controls, *([self.baseline] if self.baseline else [])]
+        for name in asked:
+            if name not in self.contexts:
+                near = nearest(name, list(self.contexts))
+                raise ValueError(f"{name!r} is no method of contexts; did you mean {near!r}?")
+
 
 async def score_method(
+    name: str,
+    contexts: Sequence[Context],
+    output: Path,
+    answer: Answer,
+    judge: Judge | None = None,
+    config: ScoringConfig | None = None,
+) -> ScoreReport:
+    """Score the contexts of one method, with a progress bar.
+
+    Writes the scored questions to `output/scores/{name}.jsonl` and the published layout to `output/results/`.
+
+    Raises:
+        DataError: no contexts.
+        GeneratorError: more questions failed than `config` allows.
+    """
+    config = config or ScoringConfig()
+    questions = [context.trajectory.question for context in contexts]
+    documents = {context.trajectory.question.id: context.trajectory.documents for context in contexts}
+    with tqdm(total=len(questions), desc=f"scoring {name}", unit="q") as bar:
+        scored = await score_contexts(questions, documents, answer, judge, config, lambda done, total: bar.update())
+    rows = [
+        with_trace(row, context.trajectory, context.tokens, context.seconds)
+        for row, context in zip(scored.rows, contexts, strict=True)
+    ]
+    write_rows(output / "scores" / f"{name}.jsonl", rows)
+    write_results(output / "results", name, questions, rows)
+    return summarise(rows, config)
+
+
+async def score_folder(
     name: str,
     folder: Path,
     output: Path,
@@ -57,24 +119,16 @@ async def score_method(
     judge: Judge | None = None,
     config: ScoringConfig | None = None,
 ) -> dict[str, Any]:
-    """Score the contexts in `folder`, with a progress bar, and write the scored questions to `output/{name}.jsonl`.
-
-    Returns:
-        The method's figures, as `verl.evaluation.report` wants them.
-
-    Raises:
-        DataError: `folder` holds no contexts.
-        GeneratorError: more questions failed than `config` allows.
-    """
+    """Score what `s3 collect` wrote into `folder` and return the method's figures; raises as `score_method`."""
     contexts = list(iter_contexts(folder))
-    questions = [context.trajectory.question for context in contexts]
-    documents = {context.trajectory.question.id: context.trajectory.documents for context in contexts}
     started = time.perf_counter()
-    with tqdm(total=len(questions), desc=f"scoring {name}", unit="q") as bar:
-        report = await score_contexts(questions, documents, answer, judge, config, lambda done, total: bar.update())
-    seconds = collect_seconds(folder) + time.perf_counter() - started
-    write_whole(output / f"{name}.jsonl", "".join(json.dumps(asdict(row)) + "\n" for row in report.rows))
-    return figures(report, contexts, seconds)
+    report = await score_method(name, contexts, output, answer, judge, config)
+    return figures(report, contexts, collect_seconds(folder) + time.perf_counter() - started)
+
+
+def write_rows(path: Path, rows: Sequence[ScoredQuestion]) -> None:
+    """Write scored questions, one JSON object a line."""
+    write_whole(path, "".join(json.dumps(asdict(row)) + "\n" for row in rows))
 
 
 def figures(report: ScoreReport, contexts: Sequence[Context], seconds: float) -> dict[str, Any]:
@@ -84,39 +138,85 @@ def figures(report: ScoreReport, contexts: Sequence[Context], seconds: float) ->
         seconds: wall-clock of collecting and scoring.
     """
     overall, n = report.overall, len(contexts)
-    trajectories = [context.trajectory for context in contexts]
     return {
-        "accuracy": overall.accuracy,
+        **{name: value for name, value in asdict(overall).items() if name not in ("accuracy_low", "accuracy_high")},
         "accuracy_interval": [overall.accuracy_low, overall.accuracy_high],
         "accuracy_by_kind": {kind: summary.accuracy for kind, summary in report.by_kind.items()},
-        "recall": overall.recall,
-        "searches": sum(trajectory.searches for trajectory in trajectories) / n,
-        "n": overall.n,
+        "by_source": {source: _source_figures(summary) for source, summary in report.by_source.items()},
+        "macro_accuracy": report.macro_accuracy,
+        "seconds_per_question": overall.seconds,
         "seconds": round(seconds, 2),
-        "span": overall.span,
-        "em": overall.em,
-        "f1": overall.f1,
-        "answer_in_context": overall.answer_in_context,
-        "documents": overall.documents,
-        "tokens": sum(context.tokens for context in contexts) / n,
-        "valid": sum(trajectory.valid for trajectory in trajectories) / n,
-        "failed": overall.failed,
+        "valid": sum(context.trajectory.valid for context in contexts) / n,
     }
 
 
+def _source_figures(summary: Summary) -> dict[str, Any]:
+    kept = ("n", "accuracy", "em", "f1", "recall", "answer_in_context", "own_em")
+    found = {name: getattr(summary, name) for name in kept}
+    return found | {"accuracy_interval": [summary.accuracy_low, summary.accuracy_high]}
+
+
 async def run(config: EvaluateConfig) -> dict[str, Any]:
-    """Score as configured, write the report and return it; raises what `score_method` raises."""
-    if not config.contexts:
-        raise ConfigError("contexts is empty; name a folder for each method, contexts.naive_rag=PATH")
-    methods: dict[str, Any] = {}
+    """Score as configured, write the report and return it.
+
+    Raises:
+        DataError: a folder holds no contexts, or methods that are to be compared were asked different questions.
+        GeneratorError: more questions failed than `scoring.max_failed_fraction` allows.
+    """
+    methods: dict[str, dict[str, Any]] = {}
+    rows: dict[str, Sequence[ScoredQuestion]] = {}
     async with AsyncExitStack() as stack:
-        generator = await stack.enter_async_context(GeneratorClient(config.generator))
-        judge = LLMJudge(generator.complete) if config.judge else None
-        for name, folder in config.contexts.items():
-            methods[name] = await score_method(
-                name, folder, config.output / "scores", generator.answer, judge, config.scoring
-            )
-    return write_report(config.output, methods, config.seed)
+        generators = await _generators(config, stack)
+        usual = generators[config.generator.prompt]
+        judge = await open_judge(config.judge_generator, usual, stack) if config.judge else None
+        for name, contexts, seconds in _rows_of_the_report(config):
+            answer = generators[config.prompts.get(name, config.generator.prompt)].answer
+            started = time.perf_counter()
+            report = await score_method(name, contexts, config.output, answer, judge, config.scoring)
+            methods[name] = figures(report, contexts, seconds + time.perf_counter() - started)
+            rows[name] = report.rows
+    if config.baseline:
+        for name in methods.keys() - {config.baseline}:
+            compared = compare(rows[name], rows[config.baseline], config.scoring)
+            methods[name]["against_baseline"] = asdict(compared)
+    extra: dict[str, Any] = {"baseline": config.baseline} if config.baseline else {}
+    if config.controls:
+        extra["controls"] = {name: controls_summary(folder) for name, folder in config.controls.items()}
+    return write_report(config.output, methods, config.seed, extra)
+
+
+async def _generators(config: EvaluateConfig, stack: AsyncExitStack) -> dict[str, GeneratorClient]:
+    """Return one client for each way of asking; all are the same model."""
+    prompts = dict.fromkeys((config.generator.prompt, *config.prompts.values()))
+    return {
+        prompt: await stack.enter_async_context(GeneratorClient(replace(config.generator, prompt=prompt)))
+        for prompt in prompts
+    }
+
+
+def _rows_of_the_report(config: EvaluateConfig) -> list[tuple[str, list[Context], float]]:
+    """Return name, contexts and seconds of collecting of every row: each method, then its ablations."""
+    found: list[tuple[str, list[Context], float]] = []
+    for name, folder in config.contexts.items():
+        contexts = list(iter_contexts(folder))
+        if not contexts:
+            raise ConfigError(f"contexts.{name}={folder} holds no finished question; run `s3 collect` again")
+        seconds = collect_seconds(folder)
+        found.append((name, [_cut(context, config.topk) for context in contexts], seconds))
+        if not any(context.trajectory.turns for context in contexts) or all(c.tokens == 0 for c in contexts):
+            continue  # naive RAG and the like have nothing to ablate
+        for ablation in config.ablate:
+            changed = [_with(context, ablated(context.trajectory, ablation)) for context in contexts]
+            found.append((f"{name}_{ablation}", [_cut(context, config.topk) for context in changed], seconds))
+    return found
+
+
+def _cut(context: Context, topk: int | None) -> Context:
+    return _with(context, cut(context.trajectory.documents, topk))
+
+
+def _with(context: Context, documents: Sequence[Any]) -> Context:
+    return replace(context, trajectory=with_documents(context.trajectory, documents))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

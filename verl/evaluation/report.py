@@ -37,9 +37,11 @@ def write_report(
     Args:
         methods: by name, in the order of the table. Each has accuracy and recall in [0, 1] (recall None where no
             question names gold passages), searches per question, `n` questions, and `seconds`; further keys are kept.
-            `accuracy_interval` [low, high], `accuracy_by_kind` {kind: accuracy} and `documents`, the mean number given
-            to the generator, get columns of their own.
-        extra: further top-level keys. `stages` {name: seconds} gets a table of its own.
+            `accuracy_interval` [low, high], `accuracy_by_kind` {kind: accuracy}, `against_baseline` (a
+            `verl.evaluation.summary.Comparison`), `own_em` and `documents`, the mean number given to the generator, get
+            columns of their own.
+        extra: further top-level keys. `stages` {name: seconds} and `controls` {method: summary} get tables of their
+            own, `baseline` is named.
 
     Returns:
         What `report.json` holds: `{"methods": ..., "seed": ..., **extra}`, floats that are not finite as null.
@@ -171,6 +173,10 @@ def _columns(methods: Mapping[str, Figures]) -> list[Column]:
     kinds = dict.fromkeys(kind for figures in methods.values() for kind in figures.get("accuracy_by_kind", {}))
     for kind in kinds:
         columns.append(Column(kind, lambda figures, kind=kind: _share(figures.get("accuracy_by_kind", {}).get(kind))))
+    if any("against_baseline" in figures for figures in methods.values()):
+        columns.append(Column("difference", lambda figures: _difference(figures.get("against_baseline"))))
+    if any(figures.get("own_em") is not None for figures in methods.values()):
+        columns.append(Column("own EM", lambda figures: _share(figures.get("own_em"))))
     columns.append(Column("recall", lambda figures: _share(figures["recall"])))
     if any("documents" in figures for figures in methods.values()):
         columns.append(Column("documents", lambda figures: _number(figures.get("documents"), 1)))
@@ -194,6 +200,13 @@ def _interval(value: Sequence[float] | None) -> str:
     return "" if value is None else f"{100 * value[0]:.1f}–{100 * value[1]:.1f}"
 
 
+def _difference(value: Mapping[str, float] | None) -> str:
+    if value is None:
+        return ""
+    p = "p<0.001" if value["p"] < 0.001 else f"p={value['p']:.3f}"
+    return f"{100 * value['difference']:+.1f} ({100 * value['low']:+.1f} to {100 * value['high']:+.1f}, {p})"
+
+
 def _markdown(report: Mapping[str, Any]) -> str:
     parts = ["# Report", markdown(table(report["methods"]))]
     parts.append(
@@ -201,6 +214,16 @@ def _markdown(report: Mapping[str, Any]) -> str:
         "the method itself asked for, the round-0 retrieval is not counted; documents are those that the generator was "
         "given, on average.\n"
     )
+    if "baseline" in report:
+        parts.append(
+            f"Differences are of accuracy against {report['baseline']} on the same questions, with a 95 % bootstrap "
+            "interval and the p-value of McNemar's exact test.\n"
+        )
+    for name, found in report.get("controls", {}).items():
+        parts += [f"## Controls of {name}", markdown(found["differences"])]
+        if found["repeatability"] is not None:
+            parts.append(markdown(found["repeatability"]))
+        parts.append(f"All conditions and sources: {found['details']}\n")
     if "stages" in report:
         parts += ["## Wall-clock", markdown(stage_table(report["stages"]))]
     parts.append(f"Seed {report['seed']}.\n")

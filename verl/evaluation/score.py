@@ -2,7 +2,7 @@
 
 Denominators. Every mean is over all questions that were asked: one whose generator or judge failed counts as not
 accurate, so a failure can never raise a figure, and it is listed with its cause so that it cannot lower one unseen.
-Recall is over the questions that name gold passages; recall and answer-in-context do not need the generator.
+Passage metrics are over the questions that name gold passages; they and answer-in-context do not need the generator.
 """
 
 from __future__ import annotations
@@ -10,103 +10,17 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-
-import numpy as np
+from dataclasses import replace
 
 from verl.errors import DataError, GeneratorError
-from verl.rewards.evidence import Answer, Judge, judge_answer
-from verl.rewards.recall import answer_in_context, gold_recall
-from verl.rewards.text import exact_match, f1
-from verl.types import Document, Question
+from verl.evaluation.passages import passage_metrics
+from verl.evaluation.summary import ScoredQuestion, ScoreReport, ScoringConfig, summarise
+from verl.rewards.evidence import Answer, Judge, Judging, judge_answer
+from verl.rewards.recall import answer_in_context
+from verl.rewards.text import exact_match, f1, precision, recall, span_match, strict_match, sub_span_match
+from verl.types import Document, Question, Trajectory
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class ScoringConfig:
-    """How scores are summarised.
-
-    Attributes:
-        resamples: bootstrap resamples behind each interval.
-        seed: of the bootstrap.
-        max_failed_fraction: a larger share of failed questions is an error, because the figures would mean little.
-    """
-
-    resamples: int = 2000
-    seed: int = 0
-    max_failed_fraction: float = 0.05
-
-    def __post_init__(self) -> None:
-        if self.resamples < 1:
-            raise ValueError(f"resamples={self.resamples}; expected at least 1")
-        if not 0 <= self.max_failed_fraction <= 1:
-            raise ValueError(f"max_failed_fraction={self.max_failed_fraction}; expected a number from 0 to 1")
-
-
-@dataclass(frozen=True, slots=True)
-class ScoredQuestion:
-    """One question's row.
-
-    Attributes:
-        recall: share of the gold passages among the documents, None if the question names none.
-        documents: number of documents given; `documents_used` of them fitted into the generator's prompt.
-        accurate: span match, else the judge's yes (generation accuracy).
-        failed: the cause if the generator or the judge could not be asked, else empty.
-    """
-
-    id: str
-    source: str
-    kind: str
-    recall: float | None
-    answer_in_context: bool
-    documents: int
-    documents_used: int = 0
-    answer: str = ""
-    accurate: bool = False
-    span: bool = False
-    em: bool = False
-    f1: float = 0.0
-    failed: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """Means over `n` questions, all in [0, 1] but for `documents`.
-
-    Attributes:
-        failed: questions without an answer; they are among the `n` and count as not accurate.
-        accuracy_low, accuracy_high: 95 % percentile bootstrap interval of `accuracy`.
-        recall: over the questions that name gold passages, None if none does.
-        documents: mean number of documents given.
-    """
-
-    n: int
-    failed: int
-    accuracy: float
-    accuracy_low: float
-    accuracy_high: float
-    span: float
-    em: float
-    f1: float
-    recall: float | None
-    answer_in_context: float
-    documents: float
-
-
-@dataclass(frozen=True, slots=True)
-class ScoreReport:
-    """All rows, in the order of the questions, and their summaries."""
-
-    rows: tuple[ScoredQuestion, ...]
-    overall: Summary
-    by_source: Mapping[str, Summary] = field(default_factory=dict)
-    by_kind: Mapping[str, Summary] = field(default_factory=dict)
-
-    @property
-    def failures(self) -> Mapping[str, str]:
-        """Cause of each question that could not be scored, by its id."""
-        return {row.id: row.failed for row in self.rows if row.failed}
 
 
 async def score_contexts(
@@ -133,7 +47,7 @@ async def score_contexts(
 
     async def score(question: Question) -> ScoredQuestion:
         nonlocal done
-        row = await score_question(question, documents[question.id], answer, judge)
+        row = await score_question(question, documents[question.id], answer, judge, settings.judging)
         done += 1
         if progress is not None:
             progress(done, len(questions))
@@ -147,84 +61,59 @@ async def score_contexts(
 
 
 async def score_question(
-    question: Question, documents: Sequence[Document], answer: Answer, judge: Judge | None = None
+    question: Question,
+    documents: Sequence[Document],
+    answer: Answer,
+    judge: Judge | None = None,
+    judging: Judging = "when_needed",
 ) -> ScoredQuestion:
     """Score one question; a failure of the generator or the judge becomes a row that says so."""
+    passages = passage_metrics(question, documents)
     row = ScoredQuestion(
         id=question.id,
         source=question.source,
         kind=question.kind,
-        recall=gold_recall(question, documents),
+        recall=passages and passages.recall,
+        gold_precision=passages and passages.precision,
+        ndcg=passages and passages.ndcg,
+        reciprocal_rank=passages and passages.reciprocal_rank,
         answer_in_context=answer_in_context(question, documents),
         documents=len(documents),
     )
     try:
-        verdict = await judge_answer(question, await answer(question, documents), judge)
+        verdict = await judge_answer(question, await answer(question, documents), judge, judging)
     except GeneratorError as error:
         return replace(row, failed=str(error) or repr(error))
+    golds = question.answers
     return replace(
         row,
         answer=verdict.answer,
         accurate=verdict.correct,
         span=verdict.span,
-        em=exact_match(verdict.answer, question.answers),
-        f1=f1(verdict.answer, question.answers),
+        em=exact_match(verdict.answer, golds),
+        f1=f1(verdict.answer, golds),
+        sub_span=sub_span_match(verdict.answer, golds),
+        strict=strict_match(verdict.answer, golds),
+        precision=precision(verdict.answer, golds),
+        token_recall=recall(verdict.answer, golds),
+        judge=verdict.judge_parts(judging),
         documents_used=verdict.documents_used,
     )
 
 
-def summarise(rows: Sequence[ScoredQuestion], config: ScoringConfig) -> ScoreReport:
-    """Summarise rows over all, by source and by kind (questions without a kind are in no kind)."""
-    return ScoreReport(
-        rows=tuple(rows),
-        overall=_summary(rows, config),
-        by_source=_grouped(rows, lambda row: row.source, config),
-        by_kind=_grouped(rows, lambda row: row.kind, config),
+def with_trace(row: ScoredQuestion, trajectory: Trajectory, tokens: int, seconds: float) -> ScoredQuestion:
+    """Return the row with what gathering its documents took, and with the searcher's own answer."""
+    row = replace(row, searches=trajectory.searches, tokens=tokens, seconds=seconds)
+    own, golds = trajectory.answer, trajectory.question.answers
+    if own is None:
+        return row
+    return replace(
+        row,
+        own_answer=own,
+        own_accurate=span_match(own, golds),
+        own_em=exact_match(own, golds),
+        own_f1=f1(own, golds),
     )
-
-
-def bootstrap_interval(values: Sequence[float], resamples: int, seed: int, level: float = 0.95) -> tuple[float, float]:
-    """Return the percentile bootstrap interval of the mean of `values` (Efron), reproducible for one seed."""
-    rng = np.random.default_rng(seed)
-    sample = np.asarray(values, dtype=np.float64)
-    # One resample at a time: (resamples, n) indices of a large benchmark would not fit into memory.
-    means = [sample[rng.integers(0, len(sample), len(sample))].mean() for _ in range(resamples)]
-    tail = (1.0 - level) / 2.0
-    low, high = np.quantile(means, [tail, 1.0 - tail])
-    return float(low), float(high)
-
-
-def _summary(rows: Sequence[ScoredQuestion], config: ScoringConfig) -> Summary:
-    accuracy = [float(row.accurate) for row in rows]
-    low, high = bootstrap_interval(accuracy, config.resamples, config.seed)
-    recalls = [row.recall for row in rows if row.recall is not None]
-    return Summary(
-        n=len(rows),
-        failed=sum(bool(row.failed) for row in rows),
-        accuracy=_mean(accuracy),
-        accuracy_low=low,
-        accuracy_high=high,
-        span=_mean([row.span for row in rows]),
-        em=_mean([row.em for row in rows]),
-        f1=_mean([row.f1 for row in rows]),
-        recall=_mean(recalls) if recalls else None,
-        answer_in_context=_mean([row.answer_in_context for row in rows]),
-        documents=_mean([row.documents for row in rows]),
-    )
-
-
-def _grouped(
-    rows: Sequence[ScoredQuestion], key: Callable[[ScoredQuestion], str], config: ScoringConfig
-) -> dict[str, Summary]:
-    groups: dict[str, list[ScoredQuestion]] = {}
-    for row in rows:
-        if key(row):
-            groups.setdefault(key(row), []).append(row)
-    return {name: _summary(group, config) for name, group in sorted(groups.items())}
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _check(questions: Sequence[Question], documents: Mapping[str, Sequence[Document]]) -> None:

@@ -27,5 +27,5 @@ def best_first(corpus: Corpus, query: str, rows: np.ndarray, scores: np.ndarray,
         ids = corpus.ids(rows)
         order = np.array(sorted(range(len(rows)), key=lambda at: (-scores[at], ids[at])))
         rows, scores = rows[order], scores[order]
-    documents = tuple(corpus[int(row)] for row in rows[:topk])
+    documents = tuple(corpus.rows(rows[:topk]))
     return SearchResult(query, documents, tuple(float(score) for score in scores[:topk]))

@@ -1,11 +1,11 @@
-"""Rewards that read the frozen generator's answer alone: accuracy, exact match and F1, without a baseline."""
+"""Rewards that read the frozen generator's answer alone: no baseline, no other context."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 from verl.rewards.evidence import Evidence
-from verl.rewards.text import exact_match, f1
+from verl.rewards.text import exact_match, f1, sub_span_match
 from verl.types import RewardOutcome
 
 
@@ -18,6 +18,11 @@ async def generation_accuracy(evidence: Evidence) -> RewardOutcome:
 async def em(evidence: Evidence) -> RewardOutcome:
     """Reward 1 for an answer that equals a gold."""
     return await _compared(evidence, "em", lambda answer, golds: float(exact_match(answer, golds)))
+
+
+async def sub_span(evidence: Evidence) -> RewardOutcome:
+    """Reward 1 for an answer that holds a gold as a substring."""
+    return await _compared(evidence, "sub_span", lambda answer, golds: float(sub_span_match(answer, golds)))
 
 
 async def token_f1(evidence: Evidence) -> RewardOutcome:

@@ -7,6 +7,7 @@ itself once more, `2 * Acc - Acc_RAG`. Both are here, the configuration states w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from verl.errors import DataError
@@ -22,11 +23,11 @@ def gain(accuracy: float, baseline_accuracy: float, variant: GainVariant) -> flo
     return _ACCURACY_WEIGHT[variant] * accuracy - baseline_accuracy
 
 
+@dataclass(frozen=True, slots=True)
 class Gain:
     """GBR as a reward; parts: accuracy, baseline_accuracy and gain (their difference, in both variants)."""
 
-    def __init__(self, variant: GainVariant) -> None:
-        self.variant = variant
+    variant: GainVariant
 
     def validate(self, questions: Sequence[Question]) -> None:
         """Check that every question has its naive-RAG baseline.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from verl.errors import DataError
 from verl.rewards.evidence import Evidence, failed
-from verl.rewards.text import normalise, span_match
+from verl.rewards.text import has_answer, normalise
 from verl.types import Document, Question, RewardOutcome
 
 
@@ -23,9 +23,12 @@ def gold_recall(question: Question, documents: Sequence[Document]) -> float | No
 
 
 def answer_in_context(question: Question, documents: Sequence[Document]) -> bool:
-    """Whether the tokens of a gold answer stand next to each other in the title or the text of any document."""
+    """Whether the tokens of a gold answer stand next to each other in the title or the text of any document.
+
+    This is DPR's retrieval accuracy, which compares texts as they are.
+    """
     return any(
-        span_match(document.text, question.answers) or span_match(document.title, question.answers)
+        has_answer(document.text, question.answers) or has_answer(document.title, question.answers)
         for document in documents
     )
 

@@ -102,7 +102,11 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run. `model` is what actor, critic, reference and engine start from unless they say otherwise."""
+    """A training run. `model` is what actor, critic, reference and engine start from unless they say otherwise.
+
+    `judge` lets a model judge answers that match no gold literally: `judge_generator`, or as published the frozen
+    generator itself where that is None.
+    """
 
     model: ModelConfig
     data: DataConfig
@@ -116,6 +120,7 @@ class TrainConfig:
     retriever: RetrieverClientConfig = field(default_factory=RetrieverClientConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     judge: bool = False
+    judge_generator: GeneratorConfig | None = None
     reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)

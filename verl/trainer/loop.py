@@ -112,7 +112,13 @@ class Summary:
 def ray_workers(config: TrainConfig) -> Iterator[tuple[SavedLearners, Rollouts]]:
     """Run Ray with the training workers and the rollout workers for the duration of the block."""
     surroundings = ServiceSurroundings(
-        config.model.path, config.search, config.retriever, config.generator, config.reward, config.judge
+        config.model.path,
+        config.search,
+        config.retriever,
+        config.generator,
+        config.reward,
+        config.judge,
+        config.judge_generator,
     )
     worker_config = TrainWorkerConfig(
         actor=config.actor,

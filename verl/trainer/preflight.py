@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from verl.algorithms.kl import MAX_ERROR
 from verl.errors import ConfigError, DataError
+from verl.rewards.evidence import Tools
 from verl.rewards.registry import Scorer
 from verl.trainer.config import TrainConfig
 from verl.types import Question
@@ -32,7 +33,8 @@ def check(config: TrainConfig, questions: Sequence[Question]) -> None:
     if problems:
         raise ConfigError("; also: ".join(problems))
     try:
-        Scorer(config.reward, _never).validate(questions)
+        judge = _never if config.judge else None
+        Scorer(config.reward, _never, judge, Tools(likelihood=_never, sampler=_never)).validate(questions)
     except DataError as cause:
         raise ConfigError(f"data.train and data.validation do not fit the reward: {cause}") from cause
 

@@ -35,7 +35,7 @@ from verl.errors import CheckpointError, ConfigError
 from verl.evaluation import collect
 from verl.evaluation.collect import CollectConfig
 from verl.evaluation.collectors import Searcher
-from verl.evaluation.evaluate import score_method
+from verl.evaluation.evaluate import score_folder
 from verl.evaluation.identity import model_identity
 from verl.evaluation.report import plain, stage_table, table, write_report
 from verl.records import read_questions
@@ -137,6 +137,11 @@ class Layout:
     def scores(self) -> Path:
         """Scored questions, one jsonl a method."""
         return self.folder / "scores"
+
+    @property
+    def results(self) -> Path:
+        """Answers and scores in the published layout."""
+        return self.folder / "results"
 
 
 def quickstart(config: QuickstartConfig, train: Train | None = None) -> dict[str, Any]:
@@ -253,7 +258,10 @@ class _Pipeline:
         """Answers from every method's contexts and their figures."""
         inputs = [[(name, done.fingerprint) for name, done in methods.items()], self._generator()]
         return self.stages.run(
-            "scores", inputs, [self.files.scores], lambda: score(self.files, list(methods), self.services.up())
+            "scores",
+            inputs,
+            [self.files.scores, self.files.results],
+            lambda: score(self.files, list(methods), self.services.up()),
         )
 
     def _play(self, name: str, model: str, ways: Mapping[str, Sampling], before: Done) -> Done:
@@ -375,7 +383,7 @@ def score(files: Layout, methods: Sequence[str], at: Endpoints) -> dict[str, Any
     async def run() -> dict[str, Any]:
         async with GeneratorClient(at.generator) as generator:
             return {
-                name: await score_method(name, files.contexts(name), files.scores, generator.answer) for name in methods
+                name: await score_folder(name, files.contexts(name), files.folder, generator.answer) for name in methods
             }
 
     return asyncio.run(run())

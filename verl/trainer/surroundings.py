@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 from transformers import AutoTokenizer
@@ -9,8 +11,10 @@ from transformers import AutoTokenizer
 from generator_llms.client import GeneratorClient
 from generator_llms.config import GeneratorConfig
 from generator_llms.judge import LLMJudge
+from verl.agent.grammar.base import Message
 from verl.agent.grammar.registry import SearchConfig, build_grammar
 from verl.retrieval.client import RetrieverClient, RetrieverClientConfig
+from verl.rewards.evidence import Tools
 from verl.rewards.registry import RewardConfig, Scorer
 from verl.workers.rollout import Surroundings
 
@@ -25,19 +29,24 @@ class ServiceSurroundings:
     generator: GeneratorConfig
     reward: RewardConfig
     judge: bool
+    judge_generator: GeneratorConfig | None = None
 
     def __call__(self) -> Surroundings:
         """Open the clients in the running event loop."""
         retriever = RetrieverClient(self.retriever)
         generator = GeneratorClient(self.generator)
-        judge = LLMJudge(generator.complete) if self.judge else None
-        scorer = Scorer(self.reward, generator.answer, judge)
+        judging = GeneratorClient(self.judge_generator) if self.judge_generator else generator
+        judge = LLMJudge(judging.complete) if self.judge else None
+        tools = Tools(likelihood=generator.answer_logprobs, sampler=generator.samples)
+        scorer = Scorer(self.reward, generator.answer, judge, tools)
+
+        async def complete(messages: Sequence[Message]) -> str:
+            return (await generator.complete(messages)).text
 
         async def close() -> None:
-            try:
-                await retriever.aclose()
-            finally:
-                await generator.aclose()
+            async with AsyncExitStack() as stack:
+                for client in dict.fromkeys((judging, generator, retriever)):
+                    stack.push_async_callback(client.aclose)
 
         tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
-        return Surroundings(build_grammar(self.search), retriever, scorer, tokenizer, close)
+        return Surroundings(build_grammar(self.search, complete), retriever, scorer, tokenizer, close)
