@@ -30,9 +30,8 @@ COMMANDS: dict[str, Command] = {
         "verl.trainer.verify_resume", "prove that a killed and resumed training equals an unbroken one"
     ),
     "collect": Command("verl.evaluation.collect", "gather every question's documents by one method"),
-    "controls": Command(
-        "verl.evaluation.controls", "what equal, random, gold or no documents do"
-    ),
+    "controls": Command("verl.evaluation.controls", "what equal, random, gold or no documents do"),
+    "leaderboard": Command("verl.evaluation.leaderboard", "put several reports into one table, page and plots"),
     "evaluate": Command("verl.evaluation.evaluate", "score collected documents, several methods in one report"),
 }
 
