@@ -24,6 +24,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data_preprocess.world.build import WorldConfig, build
+from verl.agent.grammar.base import Grammar
 from verl.agent.grammar.s3 import S3Config, S3Grammar
 from verl.agent.loop import gather
 from verl.agent.protocols import Generation, Sampling
@@ -81,7 +82,7 @@ class Recorder:
 class Setting:
     """What the loop plays with."""
 
-    grammar: S3Grammar
+    grammar: Grammar
     search: InProcessSearch
     tokenizer: PreTrainedTokenizerBase
     questions: Sequence[Question]
