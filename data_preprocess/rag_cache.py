@@ -253,6 +253,7 @@ async def _parameters(config: RagCacheConfig, generator: GeneratorClient) -> dic
         "baseline_k": config.documents.baseline_k,
         "generator": await generator.ready(),
         "generator_identity": asked.model_identity,
+        "asked": [asked.backend, asked.style, asked.prompt, asked.extra_body],
         "sampling": [asked.temperature, asked.top_p, asked.seed, asked.max_tokens, asked.max_prompt_tokens],
         "judge": config.judge and (config.judge_generator.model if config.judge_generator else True),
     }

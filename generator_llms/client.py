@@ -1,31 +1,29 @@
-"""The frozen generator as an async client of any OpenAI-compatible endpoint."""
+"""The frozen generator as an async client: prompts, cache, retries, limits and endpoints behind one interface."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
-from urllib.parse import urlsplit
-
-import openai
 
 from generator_llms import prompts
 from generator_llms.cache import ReplyCache, cache_key
 from generator_llms.config import GeneratorConfig
 from generator_llms.prompts import CountTokens, Message
-from generator_llms.replies import Completion, ServedModel, decode_body, read_completion, read_models, shorten
-from generator_llms.retry import Malformed, Rejected, RetryPolicy, Unavailable, parse_retry_after
-from verl.errors import ConfigError, GeneratorError
+from generator_llms.replies import Completion, Sample
+from generator_llms.request import Request
+from generator_llms.retry import RetryPolicy
+from generator_llms.service import GeneratorService, endpoint_name, replayed_model
+from generator_llms.store import ReplyStore
+from generator_llms.usage import GeneratorStats
+from verl.errors import GeneratorError
 from verl.types import Document, Question
 
 logger = logging.getLogger(__name__)
-
-_LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1", "0.0.0.0")
-_RETRIED_STATUS = (408, 409, 425, 429)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,31 +44,21 @@ class Answered:
     truncated: bool = False
 
 
-@dataclass(slots=True)
-class GeneratorStats:
-    """What a client did so far; tokens are those of requests that were sent, as the endpoint counted them."""
-
-    requests: int = 0
-    cached: int = 0
-    retries: int = 0
-    failures: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    documents_dropped: int = 0
-    truncated: int = 0
-
-
 class GeneratorClient:
     """Asks a frozen generator; safe for any number of concurrent callers within one event loop.
+
+    Equal requests have one reply: from the cache if there is one, else from the request that is already under way
+    (but for requests that are meant to differ: sampled ones without a seed, and other `draw`s).
 
     Use as an async context manager, or call `aclose`.
 
     Args:
         count_tokens: counts prompt tokens; None takes `config.tokenizer`, or an estimate.
-        environment: where the API key is looked up.
+        environment: where keys are looked up.
+        retry: when a failed request is asked again; None takes the bounds of `config`.
 
     Raises:
-        ConfigError: a remote endpoint without a key, an unusable cache or tokenizer.
+        ConfigError: a remote endpoint without a key, an unusable cache or tokenizer, a package that is not installed.
     """
 
     def __init__(
@@ -78,15 +66,20 @@ class GeneratorClient:
         config: GeneratorConfig,
         count_tokens: CountTokens | None = None,
         environment: Mapping[str, str] = os.environ,
+        retry: RetryPolicy | None = None,
     ) -> None:
         self.config = config
         self.stats = GeneratorStats()
         self._count_tokens = count_tokens or _token_counter(config)
-        self._sdk = _sdk_client(config, environment)
-        self._cache = ReplyCache(config.cache_path) if config.cache_path else None
-        self._retry = RetryPolicy(config.retry_window_s, config.malformed_retries)
-        self._slots = asyncio.Semaphore(config.concurrency)
+        self._service = None
+        if config.cache_mode != "replay":  # which needs no key and no package, so none is looked for
+            retry = retry or RetryPolicy(config.retry_window_s, config.malformed_retries)
+            self._service = GeneratorService(config, self.stats, environment, self._count_tokens, retry)
+        self._cache = _open_cache(config)
+        self._store = ReplyStore(self._cache, config.cache_mode, self.stats)
         self._finding: asyncio.Task[str] | None = None
+        self._model = config.model
+        self._identity = _identity(config)
 
     async def __aenter__(self) -> GeneratorClient:
         return self
@@ -97,18 +90,20 @@ class GeneratorClient:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close connections and cache."""
+        """End what is under way; close connections and cache."""
         if self._finding is not None:
             self._finding.cancel()
-        await self._sdk.close()
-        if self._cache is not None:
-            self._cache.close()
+        await self._store.aclose()
+        if self._service is not None:
+            await self._service.aclose()
 
     async def ready(self) -> str:
-        """Return the model that will answer, after checking once that the endpoint serves it with enough context.
+        """Return the model that will answer, after checking once that every endpoint serves it with enough context.
+
+        In replay mode the cache says what it was.
 
         Raises:
-            GeneratorError: the endpoint is away, or serves another model or a shorter context than configured.
+            GeneratorError: an endpoint is away, or serves another model or a shorter context than configured.
         """
         if self._finding is None:
             self._finding = asyncio.create_task(self._find_model())
@@ -117,67 +112,142 @@ class GeneratorClient:
         return await asyncio.shield(self._finding)
 
     async def complete(
-        self, messages: Sequence[Message], *, max_tokens: int | None = None, logprobs: bool = False
+        self, messages: Sequence[Message], *, max_tokens: int | None = None, logprobs: bool = False, draw: int = 0
     ) -> Completion:
-        """Return the reply to a conversation, from the cache if it is there. Failures are never cached.
+        """Return the reply to a conversation. Failures are never cached.
 
         Args:
             max_tokens: bound of this reply; None takes the configured one.
             logprobs: also return the log-probability of every token of the reply.
+            draw: asks once more: another number is another reply, also where cache or a request under way has one.
 
         Raises:
-            GeneratorError: no usable reply within the configured retries.
+            GeneratorError: no usable reply within the configured retries, or none to replay.
+            ConfigError: the backend gives no log-probabilities.
         """
-        try:
-            return await self._complete(messages, max_tokens or self.config.max_tokens, logprobs)
-        except GeneratorError:
-            self.stats.failures += 1
-            raise
+        return await self._reply(await self._chat(messages, max_tokens=max_tokens, logprobs=logprobs, draw=draw))
 
-    async def _complete(self, messages: Sequence[Message], max_tokens: int, logprobs: bool) -> Completion:
-        model = self.config.model or await self.ready()
-        request = self._request(model, messages, max_tokens, logprobs)
-        if self._cache is None:
-            return await self._fetch(request)
-        key = cache_key({**request, "identity": self.config.model_identity})
-        stored = self._cache.get(key)
-        if stored is not None:
-            self.stats.cached += 1
-            return Completion.from_json(stored)
-        completion = await self._fetch(request)
-        await asyncio.to_thread(self._cache.put, key, model, completion.to_json())
-        return completion
+    async def complete_text(
+        self, prompt: str, *, max_tokens: int | None = None, stop: Sequence[str] = (), logprobs: bool = False
+    ) -> Completion:
+        """Return how the model goes on from a text, without any template; arguments and errors as of `complete`.
 
-    async def answer(self, question: Question, documents: Sequence[Document]) -> Answered:
+        Args:
+            stop: strings that end the reply and are not part of it.
+        """
+        request = await self._request(prompt=prompt, stop=tuple(stop), max_tokens=max_tokens, logprobs=logprobs)
+        return await self._reply(request)
+
+    async def answer(self, question: Question, documents: Sequence[Document], *, draw: int = 0) -> Answered:
         """Ask `question` with the configured prompt, showing as many of the first documents as fit.
+
+        Args:
+            draw: as of `complete`: asks the same once more, to see whether the generator repeats itself.
 
         Raises:
             GeneratorError: no usable reply, or the question alone is longer than `max_prompt_tokens`.
         """
-        shown = self._fitted(question, documents)
-        completion = await self.complete(prompts.build(self.config.prompt, question, shown))
+        messages, shown = self._prompt(question, documents)
+        completion = await self.complete(messages, draw=draw)
         truncated = completion.finish == "length"
         self.stats.truncated += truncated
         return Answered(
-            answer=prompts.final_answer(completion.text),
+            answer=prompts.read_answer(self.config.prompt, question, completion.text),
             raw=completion.text,
-            documents_used=len(shown),
-            documents_dropped=len(documents) - len(shown) if self.config.prompt == "context" else 0,
+            documents_used=shown,
+            documents_dropped=len(documents) - shown if prompts.shows_documents(self.config.prompt) else 0,
             truncated=truncated,
         )
 
-    def _fitted(self, question: Question, documents: Sequence[Document]) -> tuple[Document, ...]:
-        if self.config.prompt != "context":
-            return ()
-        bound = self.config.max_prompt_tokens
-        overhead = prompts.prompt_overhead(question, self._count_tokens)
-        if overhead > bound:
+    async def samples(self, question: Question, documents: Sequence[Document], n: int) -> tuple[Sample, ...]:
+        """Ask `question` n times at `sample_temperature`; the i-th request has the seed `seed + i`, so all repeat.
+
+        Raises:
+            GeneratorError: as `answer`; without all n there are none.
+            ConfigError: the backend gives no log-probabilities.
+        """
+        messages, _ = self._prompt(question, documents)
+        request = await self._chat(messages, logprobs=True, temperature=self.config.sample_temperature)
+        seed = self.config.seed
+        # Without a seed only the number of the draw tells the requests apart, for cache and sharing.
+        drawn = [replace(request, draw=i) if seed is None else replace(request, seed=seed + i) for i in range(n)]
+        replies = await asyncio.gather(*map(self._reply, drawn))
+        return tuple(Sample(reply.text, reply.logprobs) for reply in replies)
+
+    async def answer_logprobs(
+        self, question: Question, documents: Sequence[Document], answer: str
+    ) -> tuple[float, ...]:
+        """Return the log-probability of each token of a given answer after the prompt that `answer` would use.
+
+        Raises:
+            GeneratorError: as `answer`; also an empty answer, and an endpoint that is not vLLM.
+            ConfigError: the backend gives no log-probabilities.
+        """
+        if not answer.strip():
+            raise GeneratorError(f"question {question.id!r}: an empty answer has no log-probabilities; give one")
+        messages, _ = self._prompt(question, documents)
+        scored = prompts.neutralise(answer.strip())
+        plain = self.config.style == "completion"
+        # After the colon of a plain prompt a word starts with its space; after a chat's template it does not.
+        request = replace(await self._chat(messages), scored=f" {scored}" if plain else scored)
+        return (await self._reply(request)).logprobs
+
+    async def _reply(self, request: Request) -> Completion:
+        key = cache_key({**request.key_fields(), **self._identity})
+        try:
+            return await self._store.reply(key, request.model, request.repeatable, lambda: self._fetch(request))
+        except GeneratorError:
+            self.stats.failures += 1
+            raise
+
+    async def _fetch(self, request: Request) -> Completion:
+        assert self._service is not None  # the store asks nothing of a replayed run
+        await self.ready()
+        return await self._service.complete(request)
+
+    async def _chat(self, messages: Sequence[Message], **settings: Any) -> Request:
+        """Return the request for the reply to a conversation, in the configured style; `settings` as of `_request`."""
+        if self.config.style == "completion":
+            return await self._request(prompt=prompts.plain(messages), stop=prompts.PLAIN_STOPS, **settings)
+        return await self._request(messages=tuple(messages), **settings)
+
+    async def _request(
+        self,
+        *,
+        messages: tuple[Message, ...] = (),
+        prompt: str = "",
+        stop: tuple[str, ...] = (),
+        max_tokens: int | None = None,
+        logprobs: bool = False,
+        draw: int = 0,
+        temperature: float | None = None,
+    ) -> Request:
+        config = self.config
+        return Request(
+            model=self._model or await self._counted_ready(),
+            max_tokens=max_tokens or config.max_tokens,
+            temperature=config.temperature if temperature is None else temperature,
+            top_p=config.top_p,
+            messages=messages,
+            prompt=prompt,
+            seed=config.seed,
+            stop=stop,
+            logprobs=logprobs,
+            extra=config.extra_body,
+            draw=draw,
+        )
+
+    def _prompt(self, question: Question, documents: Sequence[Document]) -> tuple[list[Message], int]:
+        """Return the messages that ask `question` and how many of the documents they show."""
+        name, bound = self.config.prompt, self.config.max_prompt_tokens
+        room = bound - prompts.prompt_overhead(name, question, self._count_tokens)
+        if room < 0:
             raise GeneratorError(
-                f"question {question.id!r} makes a prompt of {overhead} tokens without any document; expected at most "
-                f"max_prompt_tokens={bound}, raise it or shorten the question"
+                f"question {question.id!r} makes a prompt of {bound - room} tokens without any document; expected at "
+                f"most max_prompt_tokens={bound}, raise it or shorten the question"
             )
-        shown = prompts.fit(question, documents, bound, self._count_tokens)
-        dropped = len(documents) - len(shown)
+        messages, shown = prompts.build_within(name, question, documents, room, self._count_tokens)
+        dropped = len(documents) - shown if prompts.shows_documents(name) else 0
         if dropped:
             self.stats.documents_dropped += dropped
             logger.info(
@@ -187,124 +257,46 @@ class GeneratorClient:
                 len(documents),
                 bound,
             )
-        return shown
+        return messages, shown
 
-    def _request(self, model: str, messages: Sequence[Message], max_tokens: int, logprobs: bool) -> dict[str, Any]:
-        request: dict[str, Any] = {
-            "model": model,
-            "messages": list(messages),
-            "max_tokens": max_tokens,
-            "temperature": self.config.temperature,
-            "top_p": self.config.top_p,
-        }
-        if self.config.seed is not None:
-            request["seed"] = self.config.seed
-        if logprobs:
-            request["logprobs"] = True
-        if self.config.extra_body:
-            request["extra_body"] = dict(self.config.extra_body)
-        return request
-
-    async def _fetch(self, request: Mapping[str, Any]) -> Completion:
-        await self.ready()
-        completion = await self._retry.run(lambda: self._ask(request), self._where(), self._count_retry)
-        self.stats.prompt_tokens += completion.prompt_tokens
-        self.stats.completion_tokens += completion.completion_tokens
-        return completion
-
-    async def _ask(self, request: Mapping[str, Any]) -> Completion:
-        self.stats.requests += 1
-        body = await self._send(lambda: self._sdk.chat.completions.with_raw_response.create(**request))
-        expected = request["model"] if self.config.check_model else None
-        return read_completion(decode_body(body), expected, self.config.max_reply_chars, "logprobs" in request)
+    async def _counted_ready(self) -> str:
+        try:
+            self._model = await self.ready()
+        except GeneratorError:
+            self.stats.failures += 1
+            raise
+        return self._model
 
     async def _find_model(self) -> str:
-        config = self.config
-        if not config.check_model:
-            if config.model is None:
-                raise GeneratorError("check_model=false and model=null; name the model that the endpoint serves")
-            return config.model
-        models = await self._retry.run(self._list_models, self._where(), self._count_retry)
-        names = [model.name for model in models]
-        if config.model is not None and config.model not in names:
-            raise GeneratorError(
-                f"{self._where()} serves {', '.join(names)}, expected {config.model!r}; start the generator with it, "
-                "or set model to what is served"
-            )
-        served = models[names.index(config.model) if config.model is not None else 0]
-        needed = config.max_prompt_tokens + config.max_tokens
-        if served.max_model_len is not None and needed > served.max_model_len:
-            raise GeneratorError(
-                f"{served.name} has a context of {served.max_model_len} tokens, but max_prompt_tokens + max_tokens = "
-                f"{config.max_prompt_tokens} + {config.max_tokens} = {needed}; lower them"
-            )
-        return served.name
-
-    async def _list_models(self) -> list[ServedModel]:
-        return read_models(decode_body(await self._send(self._sdk.models.with_raw_response.list)))
-
-    async def _send(self, call: Callable[[], Awaitable[Any]]) -> bytes:
-        """Await one SDK call within a slot and the timeout, and sort its errors into those worth a retry and others.
-
-        The slot is held for the request alone, not for the pauses between retries: questions that wait for a generator
-        to come back all wait at the same time.
-        """
-        seconds = self.config.timeout_s
-        try:
-            async with self._slots, asyncio.timeout(seconds):
-                return (await call()).http_response.content
-        except TimeoutError as cause:
-            raise Unavailable(f"no reply within timeout_s={seconds:g}") from cause
-        except openai.APIStatusError as cause:
-            raise _sorted_status(cause) from cause
-        except openai.APIConnectionError as cause:
-            raise Unavailable(f"{cause} ({cause.__cause__ or 'no detail'})") from cause
-        except openai.OpenAIError as cause:
-            raise Malformed(shorten(str(cause))) from cause
+        if self._service is None:
+            assert self._cache is not None  # the configuration says so
+            return replayed_model(self.config, self._cache)
+        model = await self._service.find_model()
+        await self._store.note_served(endpoint_name(self.config), model)
+        return model.name
 
     def _forget_failure(self, finding: asyncio.Task[str]) -> None:
         if finding.cancelled() or finding.exception() is not None:
             self._finding = None
-
-    def _count_retry(self) -> None:
-        if not self.stats.retries:
-            logger.warning(
-                "%s gave no usable reply; asking again for up to %g s (later retries are only counted)",
-                self._where(),
-                self.config.retry_window_s,
-            )
-        self.stats.retries += 1
-
-    def _where(self) -> str:
-        return f"generator at {self.config.base_url}"
-
-
-def _sorted_status(error: openai.APIStatusError) -> Unavailable | Rejected:
-    text = f"status {error.status_code}: {shorten(error.message)}"
-    if error.status_code in _RETRIED_STATUS or error.status_code >= 500:
-        return Unavailable(text, parse_retry_after(error.response.headers.get("retry-after")))
-    return Rejected(f"{text}; correct the configuration or the request")
 
 
 def _token_counter(config: GeneratorConfig) -> CountTokens:
     return prompts.load_token_counter(config.tokenizer) if config.tokenizer else prompts.estimate_tokens
 
 
-def _sdk_client(config: GeneratorConfig, environment: Mapping[str, str]) -> openai.AsyncOpenAI:
-    local = urlsplit(config.base_url).hostname in _LOCAL_HOSTS
-    key = environment.get(config.api_key_env) or ("EMPTY" if local else "")
-    if not key:
-        raise ConfigError(
-            f"{config.base_url} is not local and the environment variable {config.api_key_env} is not set; put the key "
-            "there, or name another variable in api_key_env"
-        )
-    # The SDK's transport logs every request at INFO, thousands of lines per training step.
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
-    return openai.AsyncOpenAI(
-        base_url=config.base_url,
-        api_key=key,
-        max_retries=0,  # ours are bounded by time, so that a generator can be restarted under a running job
-        timeout=None,  # ours bounds the request as a whole, the SDK's each of its reads
-        # A proxy from the environment could not reach this machine's own ports.
-        http_client=openai.DefaultAsyncHttpxClient(trust_env=not local),
-    )
+def _open_cache(config: GeneratorConfig) -> ReplyCache | None:
+    if config.cache_path is None or config.cache_mode == "off":
+        return None
+    return ReplyCache(config.cache_path, config.cache_max_bytes, read_only=config.cache_mode == "replay")
+
+
+def _identity(config: GeneratorConfig) -> dict[str, Any]:
+    """Return what decides a reply beside the request: the model behind its name."""
+    identity: dict[str, Any] = {"identity": config.model_identity}
+    if config.backend != "openai":  # left out where it says nothing, so that it keeps the keys of older files
+        identity["backend"] = config.backend
+    if config.backend == "azure":  # where the name of a deployment is anybody's choice
+        identity["resources"] = list(config.urls)
+    if not config.sends_sampling:
+        identity["api_version"] = config.api_version
+    return identity

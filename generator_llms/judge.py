@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
+from generator_llms.client import GeneratorClient
+from generator_llms.config import GeneratorConfig
 from generator_llms.prompts import Message, judge_again, judge_messages
 from generator_llms.replies import Completion
 from verl.types import Question
@@ -40,7 +43,7 @@ class LLMJudge:
     """Asks a chat model whether an answer states one of the golds.
 
     Args:
-        complete: the model that judges; better not the one that answers.
+        complete: the model that judges, better not the one that answers: `complete` of another `GeneratorClient`.
         show_question: whether it sees the question, which the published judge does not.
     """
 
@@ -80,3 +83,9 @@ def parse_verdict(reply: str) -> bool | None:
         return None
     other = "no" if words[0] == "yes" else "yes"
     return None if other in words else words[0] == "yes"
+
+
+async def open_judge(config: GeneratorConfig | None, generator: GeneratorClient, stack: AsyncExitStack) -> LLMJudge:
+    """Return a judge that asks a model of its own, closed by `stack`, or the generator itself if `config` is None."""
+    own = await stack.enter_async_context(GeneratorClient(config)) if config else generator
+    return LLMJudge(own.complete)

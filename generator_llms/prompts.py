@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from generator_llms.config import PromptName
+from generator_llms.options import chosen_option
 from verl.errors import ConfigError
 from verl.types import Document, Question
 
@@ -21,12 +22,25 @@ CountTokens = Callable[[str], int]
 # The first character of: <|...|> and DeepSeek's full-width form, <s>, </s>, Gemma's turns, Llama's instruction marks,
 # and the tag that delimits our answers.
 _MARKER = re.compile(r"<(?=[|｜]|/?s>|(?:start|end)_of_turn>|/?answer>|<SYS>>)|\[(?=/?INST\])", re.IGNORECASE)
-_CONTEXT = "Use the following contexts on demand and answer the question directly.\n\nContexts:\n"
-_ZERO_SHOT = "Answer the question directly, from what you know."
-_COT = (
-    "Answer the question from what you know. Think it through step by step first, then give the final answer, as "
-    "short as it can be, between <answer> and </answer>."
-)
+_CONTEXTS = "\n\nContexts:\n"
+_INSTRUCTIONS: dict[PromptName, str] = {
+    "context": "Use the following contexts on demand and answer the question directly.",
+    "zero_shot": "Answer the question directly, from what you know.",
+    "cot": (
+        "Answer the question from what you know. Think it through step by step first, then give the final answer, as "
+        "short as it can be, between <answer> and </answer>."
+    ),
+    "strict_span": (
+        "Find the answer to the question in the following contexts. Reply with the answer alone: the shortest stretch "
+        "of words that answers it, copied as it stands there, without a sentence around it and without an explanation."
+    ),
+    "choice": (
+        "The question below ends with lettered options, of which one is right. Use the contexts on demand, if there "
+        "are any. Give the letter and the text of the right option between <answer> and </answer>, for example "
+        "<answer>B: text of option B</answer>."
+    ),
+}
+_SHOW_DOCUMENTS = ("context", "strict_span", "choice")
 _JUDGE = (
     "You check answers. Decide whether the response states at least one of the accepted answers, in any wording. "
     "Reply with one word, yes or no."
@@ -34,15 +48,25 @@ _JUDGE = (
 _JUDGE_AGAIN = "Reply with exactly one word: yes or no."
 _BYTES_PER_TOKEN = 3
 _TEMPLATE_TOKENS = 32
+_SPEAKERS = {"user": "User: ", "assistant": "Assistant: ", "system": ""}
+PLAIN_STOPS = ("\nUser:", "\nAssistant:")
+"""Where the reply to a plain text ends: a base model would go on with the next turn."""
 
 
 def build(name: PromptName, question: Question, documents: Sequence[Document]) -> list[Message]:
-    """Return the messages that ask `question`; only the prompt "context" shows the documents."""
-    if name == "zero_shot":
-        return _chat(_ZERO_SHOT, question)
-    if name == "cot":
-        return _chat(_COT, question)
-    return _chat(_CONTEXT + render(documents).rstrip(), question)
+    """Return the messages that ask `question`; prompts that do not show documents leave them out."""
+    return _chat(_system(name, render(documents).rstrip() if shows_documents(name) else ""), question)
+
+
+def shows_documents(name: PromptName) -> bool:
+    """Tell whether a prompt shows the documents that are given with a question."""
+    return name in _SHOW_DOCUMENTS
+
+
+def plain(messages: Sequence[Message]) -> str:
+    """Return a conversation as text that a base model goes on from."""
+    turns = [_SPEAKERS[message["role"]] + message["content"] for message in messages]
+    return "\n\n".join([*turns, "Assistant:"])
 
 
 def render(documents: Sequence[Document]) -> str:
@@ -50,26 +74,38 @@ def render(documents: Sequence[Document]) -> str:
     return "".join(_block(number, document) for number, document in enumerate(documents, start=1))
 
 
-def fit(
-    question: Question, documents: Sequence[Document], max_prompt_tokens: int, count_tokens: CountTokens
-) -> tuple[Document, ...]:
-    """Return the longest run of first documents with which the context prompt stays within its bound.
+def build_within(
+    name: PromptName, question: Question, documents: Sequence[Document], room: int, count_tokens: CountTokens
+) -> tuple[list[Message], int]:
+    """Return the messages that ask `question`, with the longest run of first documents that fits into `room`.
 
     Documents are kept or left out as a whole. None may remain: the question is then asked with an empty context.
+
+    Args:
+        room: tokens that the documents may take.
+
+    Returns:
+        The messages, and how many documents they show.
     """
-    left = max_prompt_tokens - prompt_overhead(question, count_tokens)
-    kept = []
-    for number, document in enumerate(documents, start=1):
-        left -= count_tokens(_block(number, document))
-        if left < 0:
+    blocks: list[str] = []
+    for number, document in enumerate(documents if shows_documents(name) else (), start=1):
+        block = _block(number, document)
+        room -= count_tokens(block)
+        if room < 0:
             break
-        kept.append(document)
-    return tuple(kept)
+        blocks.append(block)
+    return _chat(_system(name, "".join(blocks).rstrip()), question), len(blocks)
 
 
-def prompt_overhead(question: Question, count_tokens: CountTokens) -> int:
-    """Return the tokens of the context prompt without documents, chat template included."""
-    return _TEMPLATE_TOKENS + count_tokens(_CONTEXT) + count_tokens(question.text)
+def prompt_overhead(name: PromptName, question: Question, count_tokens: CountTokens) -> int:
+    """Return the tokens of a prompt without documents, chat template included."""
+    return _TEMPLATE_TOKENS + count_tokens(_INSTRUCTIONS[name] + _CONTEXTS) + count_tokens(question.text)
+
+
+def read_answer(name: PromptName, question: Question, reply: str) -> str:
+    """Return what of a reply counts as the answer to a prompt; of `choice`, the option as the question words it."""
+    answer = final_answer(reply)
+    return chosen_option(question.text, answer) or answer if name == "choice" else answer
 
 
 def final_answer(text: str) -> str:
@@ -104,7 +140,8 @@ def judge_again(messages: Sequence[Message], reply: str) -> list[Message]:
 
 def estimate_tokens(text: str) -> int:
     """Return more tokens than current tokenizers make of ordinary prose: one for every three UTF-8 bytes."""
-    return math.ceil(len(text.encode("utf-8", errors="replace")) / _BYTES_PER_TOKEN)
+    size = len(text) if text.isascii() else len(text.encode("utf-8", errors="replace"))
+    return math.ceil(size / _BYTES_PER_TOKEN)
 
 
 def load_token_counter(folder: Path) -> CountTokens:
@@ -125,6 +162,12 @@ def load_token_counter(folder: Path) -> CountTokens:
 def _block(number: int, document: Document) -> str:
     title = neutralise(document.title).replace("\n", " ")
     return f"Doc {number} (Title: {title})\n{neutralise(document.text)}\n\n"
+
+
+def _system(name: PromptName, contexts: str) -> str:
+    # A choice can do without documents; the other two say so when there are none.
+    announced = bool(contexts) or name in ("context", "strict_span")
+    return _INSTRUCTIONS[name] + (_CONTEXTS + contexts if announced else "")
 
 
 def _chat(system: str, question: Question) -> list[Message]:

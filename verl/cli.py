@@ -23,6 +23,7 @@ COMMANDS: dict[str, Command] = {
     "build-index": Command("verl.retrieval.build", "index a corpus"),
     "serve-retriever": Command("verl.retrieval.server", "serve an index over HTTP"),
     "serve-generator": Command("generator_llms.host", "serve a frozen generator over vLLM"),
+    "cache": Command("generator_llms.cache_cli", "stats, export, import or prune of the reply cache"),
     "precompute": Command("data_preprocess.rag_cache", "answer questions by naive RAG: round-0 documents and baseline"),
     "import-cache": Command("data_preprocess.published_cache", "make baselines of a published rag_cache.json"),
     "train": Command("verl.trainer.main_ppo", "train a searcher"),

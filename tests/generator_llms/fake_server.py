@@ -1,10 +1,10 @@
-"""An OpenAI-shaped server on a free port that misbehaves on demand, below the politeness of web frameworks."""
+"""A model server on a free port that misbehaves on demand, below the politeness of web frameworks."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -25,7 +25,7 @@ class Reply:
 
 
 def chat(text: str | None, model: str = "tiny", finish: str = "stop", **message: Any) -> Reply:
-    """Build a well-formed chat completion."""
+    """Build a well-formed chat completion of OpenAI's protocol."""
     payload = {
         "id": "x",
         "object": "chat.completion",
@@ -39,16 +39,48 @@ def chat(text: str | None, model: str = "tiny", finish: str = "stop", **message:
     return Reply(json.dumps(payload).encode())
 
 
-class FakeServer:
-    """Replies to chat requests from `script`, then with `default`; records what came and how much at once."""
+def claude(*texts: str, model: str = "tiny", stop: str = "end_turn") -> Reply:
+    """Build a well-formed reply of the Messages API with a text block for each text."""
+    payload = {
+        "id": "msg",
+        "type": "message",
+        "role": "assistant",
+        "model": model,
+        "content": [{"type": "text", "text": text} for text in texts],
+        "stop_reason": stop,
+        "usage": {"input_tokens": 11, "output_tokens": 3},
+    }
+    return Reply(json.dumps(payload).encode())
 
-    def __init__(self, *script: Reply, default: Respond | None = None, models: list[dict[str, Any]] | None = None):
+
+def as_json(payload: Any, **reply: Any) -> Reply:
+    """Build a reply with any payload."""
+    return Reply(json.dumps(payload).encode(), **reply)
+
+
+class FakeServer:
+    """Replies to requests from `script`, then with `default`; records what came and how much at once.
+
+    Args:
+        routes: replies for paths that end so, before script and default.
+    """
+
+    def __init__(
+        self,
+        *script: Reply,
+        default: Respond | None = None,
+        models: list[dict[str, Any]] | None = None,
+        routes: Mapping[str, Respond] | None = None,
+    ) -> None:
         self.script = list(script)
         self.default = default or (lambda request: chat("Paris"))
         self.models = [{"id": "tiny", "max_model_len": 8192}] if models is None else models
+        self.routes = dict(routes or {})
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.paths: list[str] = []
         self.model_lists = 0
+        self.connections = 0
         self.most_in_flight = 0
         self._in_flight = 0
         self._server: asyncio.Server | None = None
@@ -57,7 +89,11 @@ class FakeServer:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/v1"
+        return f"{self.root}/v1"
+
+    @property
+    def root(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
 
     async def __aenter__(self) -> FakeServer:
         await self.start()
@@ -83,6 +119,7 @@ class FakeServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._connections.add(writer)
+        self.connections += 1
         try:
             while await self._exchange(reader, writer):
                 pass
@@ -97,19 +134,26 @@ class FakeServer:
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:])}
         body = await reader.readexactly(int(headers.get("content-length", 0)))
         path = head[0].split(" ")[1]
-        if path.endswith("/models"):
+        if path.partition("?")[0].endswith("/models"):
             self.model_lists += 1
-            return await self._write(writer, Reply(json.dumps({"object": "list", "data": self.models}).encode()))
+            return await self._write(writer, as_json({"object": "list", "data": self.models}))
         self.headers.append(headers)
+        self.paths.append(path)
         request = json.loads(body)
         self.requests.append(request)
-        reply = self.script.pop(0) if self.script else self.default(request)
+        reply = self._reply(path, request)
         self._in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self._in_flight)
         try:
             return await self._write(writer, reply)
         finally:
             self._in_flight -= 1
+
+    def _reply(self, path: str, request: dict[str, Any]) -> Reply:
+        for suffix, respond in self.routes.items():
+            if path.partition("?")[0].endswith(suffix):
+                return respond(request)
+        return self.script.pop(0) if self.script else self.default(request)
 
     async def _write(self, writer: asyncio.StreamWriter, reply: Reply) -> bool:
         if reply.hang:

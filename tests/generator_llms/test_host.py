@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from generator_llms import prompts
 from generator_llms.client import GeneratorClient
 from generator_llms.config import GeneratorConfig
 from generator_llms.host import HostConfig, check, command, environment, parse
@@ -91,6 +92,27 @@ def test_the_script_tells_what_is_wrong_in_one_line(tmp_path: Path) -> None:
     assert run.returncode == 2 and "no config.json" in run.stderr and len(run.stderr.splitlines()) == 1
 
 
+def test_deepretrieval_is_the_host_with_the_published_settings_that_arguments_replace(tmp_path: Path) -> None:
+    argv = tmp_path / "python"
+    argv.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    argv.chmod(0o755)
+    script = ROOT / "generator_llms" / "deepretrieval.sh"
+
+    def started(*arguments: str) -> HostConfig:
+        line = ["bash", str(script), *arguments]
+        run = subprocess.run(line, capture_output=True, text=True, env={**os.environ, "PYTHON": str(argv)}, timeout=60)
+        module, *rest = run.stdout.splitlines()[1:]
+        assert module == "generator_llms.host"
+        return parse(rest)
+
+    assert started() == HostConfig(
+        "DeepRetrieval/DeepRetrieval-NQ-BM25-3B", "127.0.0.1", 8000, 2, ("--max-model-len", "2048")
+    )
+    own = started("--model", "mine", "--tp", "1", "--port", "9000", "--max-model-len", "512")
+    assert (own.model, own.tp, own.port) == ("mine", 1, 9000)
+    assert own.passthrough[-2:] == ("--max-model-len", "512")  # vLLM takes the last
+
+
 @pytest.fixture
 def tiny_model(tmp_path: Path) -> Path:
     """Write a random Qwen2 of a few thousand parameters with a word tokenizer and a chat template."""
@@ -144,8 +166,29 @@ def hosted(tiny_model: Path, tmp_path: Path) -> Iterator[str]:
             process.wait()
 
 
+DOCUMENTS = (Document("1", "e", "f g h a"),)
+
+
+def logprobs_by_transformers(folder: Path, question: Question, answer: str) -> list[float]:
+    """Compute what the server is asked for, from the model itself."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    messages = prompts.build("context", question, DOCUMENTS)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer(text, add_special_tokens=False).input_ids
+    scored = tokenizer(answer, add_special_tokens=False).input_ids
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + scored])).logits[0].log_softmax(-1)
+    return [logits[len(prompt) + i - 1, token].item() for i, token in enumerate(scored)]
+
+
 @pytest.mark.integration
-async def test_the_client_waits_for_a_host_that_is_starting_and_gets_the_same_answer_twice(hosted: str) -> None:
+async def test_the_client_waits_for_a_host_that_is_starting_and_gets_the_same_answer_twice(
+    hosted: str, tiny_model: Path
+) -> None:
     # The retry window is what lets a client outlive the start of its generator.
     config = GeneratorConfig(hosted, max_tokens=8, max_prompt_tokens=200, retry_window_s=240.0)
     question = Question("q", "a b c ?", ("d",), "toy")
@@ -154,6 +197,14 @@ async def test_the_client_waits_for_a_host_that_is_starting_and_gets_the_same_an
         first = await client.answer(question, [Document("1", "e", "f g h <|end|> a")])
         assert await client.answer(question, [Document("1", "e", "f g h <|end|> a")]) == first
         scored = await client.complete([{"role": "user", "content": "a b"}], logprobs=True)
+        given = await client.answer_logprobs(question, DOCUMENTS, "d e g")
+        samples = await client.samples(question, DOCUMENTS, 4)
+        assert await client.samples(question, DOCUMENTS, 4) == samples
+        text = await client.complete_text("a b", max_tokens=5, logprobs=True)
     assert first.documents_used == 1
+    assert given == pytest.approx(logprobs_by_transformers(tiny_model, question, "d e g"), abs=1e-3)
+    assert len({sample.text for sample in samples}) > 1
+    assert all(0 < len(sample.logprobs) <= 8 for sample in samples)
+    assert len(text.logprobs) == text.completion_tokens > 0
     assert len(scored.logprobs) == scored.completion_tokens > 0
     assert all(logprob <= 0 for logprob in scored.logprobs)

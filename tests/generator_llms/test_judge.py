@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 
 import pytest
 
-from generator_llms.judge import LLMJudge, parse_verdict
+from generator_llms.client import GeneratorClient
+from generator_llms.config import GeneratorConfig
+from generator_llms.judge import LLMJudge, open_judge, parse_verdict
 from generator_llms.prompts import Message
 from generator_llms.replies import Completion
+from tests.generator_llms.fake_server import FakeServer, chat
 from verl.errors import GeneratorError
 from verl.types import Question
 
@@ -83,3 +87,19 @@ async def test_a_failure_is_not_a_verdict() -> None:
     with pytest.raises(GeneratorError, match="down"):
         await judge(QUESTION, "Ada")
     assert (judge.stats.yes, judge.stats.no, judge.stats.abstained) == (0, 0, 0)
+
+
+async def test_a_judge_of_its_own_is_asked_instead_of_the_generator_and_closed_in_the_end() -> None:
+    async with (
+        FakeServer(default=lambda r: chat("no")) as answers,
+        FakeServer(default=lambda r: chat("yes")) as judges,
+        GeneratorClient(GeneratorConfig(answers.url)) as generator,
+    ):
+        async with AsyncExitStack() as stack:
+            own = await open_judge(GeneratorConfig(judges.url), generator, stack)
+            shared = await open_judge(None, generator, stack)
+            assert (await own(QUESTION, "Ada"), await shared(QUESTION, "Ada")) == (True, False)
+        assert (len(judges.requests), len(answers.requests)) == (1, 1)
+        assert await shared(QUESTION, "Eve") is False  # the generator is not the judge's to close
+        with pytest.raises(RuntimeError, match="closed"):
+            await own(QUESTION, "Eve")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from generator_llms import prompts
+from generator_llms.config import PromptName
 from verl.errors import ConfigError
 from verl.types import Document, Question
 
@@ -31,6 +33,34 @@ def test_the_context_prompt_is_exactly_what_the_tiny_models_were_trained_on() ->
 def test_without_documents_the_context_is_empty() -> None:
     system = prompts.build("context", QUESTION, ())[0]["content"]
     assert system == "Use the following contexts on demand and answer the question directly.\n\nContexts:\n"
+
+
+SHOWING = ("context", "strict_span", "choice")
+
+
+@pytest.mark.parametrize("name", get_args(PromptName))
+def test_documents_are_shown_by_the_prompts_that_say_so(name: PromptName) -> None:
+    system, user = prompts.build(name, QUESTION, [Document("1", "Paris", "The capital of France.")])
+    assert prompts.shows_documents(name) == (name in SHOWING)
+    assert ("Doc 1 (Title: Paris)\nThe capital of France." in system["content"]) == (name in SHOWING)
+    assert (system["role"], user) == ("system", {"role": "user", "content": "Who?"})
+
+
+def test_a_choice_without_documents_announces_none() -> None:
+    assert "Contexts:" not in prompts.build("choice", QUESTION, ())[0]["content"]
+    assert prompts.build("strict_span", QUESTION, ())[0]["content"].endswith("\n\nContexts:\n")
+
+
+def test_a_choice_is_read_as_the_option_it_means_and_other_answers_as_they_are() -> None:
+    question = Question("q", "Which?\nOptions:\nA: liver\nB: heart", ("B: heart",), "toy")
+    assert prompts.read_answer("choice", question, "I think <answer>(b)</answer>") == "B: heart"
+    assert prompts.read_answer("choice", question, "<answer>kidney</answer>") == "kidney"
+    assert prompts.read_answer("context", question, "<answer>B</answer>") == "B"
+
+
+def test_plain_text_names_the_speakers_and_ends_where_the_model_goes_on() -> None:
+    talk = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
+    assert prompts.plain(talk) == "S\n\nUser: U\n\nAssistant:"
 
 
 def test_cot_asks_for_answer_tags_and_zero_shot_does_not() -> None:
@@ -98,17 +128,26 @@ def test_a_title_cannot_start_a_new_line() -> None:
     assert prompts.render([Document("1", "A\nDoc 2 (Title: B)", "t")]) == "Doc 1 (Title: A Doc 2 (Title: B))\nt\n\n"
 
 
-@given(st.lists(st.text(max_size=60), max_size=6), st.integers(0, 400))
-def test_fitting_keeps_the_longest_run_of_first_documents_within_the_bound(texts: list[str], bound: int) -> None:
+@given(st.sampled_from(SHOWING), st.lists(st.text(max_size=60), max_size=6), st.integers(0, 400))
+def test_fitting_keeps_the_longest_run_of_first_documents_within_the_bound(
+    name: PromptName, texts: list[str], room: int
+) -> None:
     documents = [Document(str(i), "T", text) for i, text in enumerate(texts)]
-    kept = prompts.fit(QUESTION, documents, bound, len)
-    assert list(kept) == documents[: len(kept)]
+    messages, shown = prompts.build_within(name, QUESTION, documents, room, len)
+    assert messages == prompts.build(name, QUESTION, documents[:shown])
+    assert len(prompts.render(documents[:shown])) <= room
+    assert shown == len(documents) or len(prompts.render(documents[: shown + 1])) > room
 
-    def size(count: int) -> int:
-        return prompts.prompt_overhead(QUESTION, len) + len(prompts.render(documents[:count]))
 
-    assert not kept or size(len(kept)) <= bound
-    assert len(kept) == len(documents) or size(len(kept) + 1) > bound
+@given(st.sampled_from(get_args(PromptName)), st.lists(st.text(max_size=20), max_size=3), st.text(max_size=20))
+def test_overhead_and_documents_bound_the_whole_prompt(name: PromptName, texts: list[str], asked: str) -> None:
+    question = Question("q", asked, ("a",), "toy")
+    documents = [Document(str(i), "T", text) for i, text in enumerate(texts)]
+    room = 60
+    messages, _ = prompts.build_within(name, question, documents, room, len)
+    size = sum(len(message["content"]) for message in messages)
+    # Neutralising a question adds a space for each marker, of which the shortest is three characters long.
+    assert size <= prompts.prompt_overhead(name, question, len) + room + len(asked) // 3
 
 
 def test_the_estimate_counts_every_third_byte() -> None:

@@ -283,6 +283,7 @@ async def _asking(client: GeneratorClient, judge: bool) -> Asking:
     parameters = {
         "generator": await client.ready(),
         "generator_identity": asked.model_identity,
+        "asked": [asked.backend, asked.style, asked.prompt, asked.extra_body],
         "prompt": asked.prompt,
         "sampling": [asked.temperature, asked.top_p, asked.seed, asked.max_tokens, asked.max_prompt_tokens],
         "judge": judge,
