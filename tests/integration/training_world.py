@@ -116,7 +116,7 @@ def _endpoints(world: TrainingWorld) -> Endpoints:
         RetrieverClientConfig(f"{world.retriever.url}/retrieve"),
         GeneratorConfig(
             f"{world.generator.url}/v1",
-            MODEL,
+            model=MODEL,
             max_tokens=48,
             max_prompt_tokens=900,
             tokenizer=CHECKPOINTS / "generator",
