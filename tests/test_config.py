@@ -314,3 +314,11 @@ def test_a_union_of_dataclasses_is_told_apart_by_its_tag() -> None:
 def test_a_wrong_tag_or_a_key_of_another_member_is_refused(pet: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(Home, {"pet": pet})
+
+
+def test_a_group_set_to_nothing_is_refused_with_its_choices(tmp_path: Path) -> None:
+    (tmp_path / "main.yaml").write_text("{}")
+    (tmp_path / "pets").mkdir()
+    (tmp_path / "pets" / "cat.yaml").write_text("{}")
+    with pytest.raises(ConfigError, match="pets=null; expected one of cat, or leave pets out"):
+        compose("main", ["pets=null"], Home, tmp_path)

@@ -20,6 +20,8 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "quickstart": Command("verl.trainer.quickstart", "the whole pipeline on the embedded world, offline"),
+    "build-questions": Command("data_preprocess.qa", "turn published question sets into parquets"),
+    "build-corpus": Command("data_preprocess.pooled_corpus", "pool the passages that question sets ship"),
     "build-index": Command("verl.retrieval.build", "index a corpus"),
     "serve-retriever": Command("verl.retrieval.server", "serve an index over HTTP"),
     "serve-generator": Command("generator_llms.host", "serve a frozen generator over vLLM"),

@@ -155,6 +155,8 @@ def _normalise(line: str, directory: Path) -> str:
     if key == "hydra" or key.startswith(("hydra.", "hydra/")):
         raise ConfigError(f"override {line!r}: Hydra's own settings are not used here; remove it")
     if (directory / key).is_dir():
+        if override.value() is None and not override.is_delete():
+            raise ConfigError(f"{key}=null; expected one of {', '.join(_choices(directory / key))}, or leave {key} out")
         for choice in _selected(override):
             _check_choice(key, choice, directory / key)
         return line

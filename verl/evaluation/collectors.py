@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from data_preprocess.readers.mirage import retrieval_query
 from verl.agent.grammar.base import Grammar
 from verl.agent.loop import Tokenizer, derive_seed, run
 from verl.agent.protocols import PolicyEngine, Sampling, Search
@@ -45,7 +46,7 @@ class Collector(Protocol):
 
 
 class NaiveRag:
-    """The question is the query, and the first `topk` documents are the context."""
+    """The question, without answer options, is the query, and the first `topk` documents are the context."""
 
     def __init__(self, search: Search, topk: int) -> None:
         self._search = search
@@ -53,8 +54,9 @@ class NaiveRag:
 
     async def __call__(self, question: Question) -> Gathered:
         """Search once."""
-        result = await _search_once(self._search, question.text, self._topk)
-        turn = Turn(segments=(), text="", query=question.text, finished=True, result=result)
+        query = retrieval_query(question)
+        result = await _search_once(self._search, query, self._topk)
+        turn = Turn(segments=(), text="", query=query, finished=True, result=result)
         return Gathered(Trajectory(question, (), (turn,), Stop.FINISHED, result.documents))
 
 
@@ -113,7 +115,7 @@ class Searcher:
     async def __call__(self, question: Question) -> Gathered:
         """Play one trajectory."""
         if self._initial_k:
-            found = await _search_once(self._search, question.text, self._initial_k)
+            found = await _search_once(self._search, retrieval_query(question), self._initial_k)
             question = replace(question, initial_documents=found.documents)
         seed = derive_seed(self._sampling.seed, zlib.crc32(question.id.encode()))
         sampling = replace(self._sampling, seed=seed)

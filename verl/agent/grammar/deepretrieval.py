@@ -89,7 +89,8 @@ class DeepRetrievalGrammar:
         written = self._opening + text if self.config.prefill else text
         reading = read_answer(written, self.key, self.config.reasoning)
         if reading.reason:
-            query = question.text if self.config.fall_back and self.key == "query" else None
+            usual = question.extra.get("query", question.text)
+            query = usual if self.config.fall_back and self.key == "query" else None
             return Action(query=query, finished=True, invalid=True, note=reading.reason)
         if self.key == "sql":
             return Action(answer=reading.value, finished=True)
