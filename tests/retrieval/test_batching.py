@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import Sequence
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from verl.retrieval.batching import MicroBatcher
 
@@ -108,3 +110,77 @@ async def test_draining_waits_for_everything(doubler: Doubler) -> None:
     await batcher.drain()
     assert sum(map(len, doubler.batches)) == 7 and doubler.running == 0
     assert await call == [2 * n for n in range(7)]
+
+
+async def test_the_window_ends_when_as_many_are_there_as_before(doubler: Doubler) -> None:
+    batcher = MicroBatcher(doubler, max_items=50, window_s=30.0)
+    doubler.gate.clear()
+    calls = [asyncio.create_task(batcher.submit([n])) for n in range(8)]
+    while not doubler.batches:
+        await asyncio.sleep(0)
+    doubler.gate.set()
+    await asyncio.gather(*calls)
+    async with asyncio.timeout(10):
+        await asyncio.gather(*(batcher.submit([n]) for n in range(len(doubler.batches[-1]))))
+
+
+async def test_errors_come_in_place_where_they_are_asked_for(doubler: Doubler) -> None:
+    batcher = MicroBatcher(doubler, max_items=8, window_s=0.001)
+    first, failed, last = await batcher.gather([1, 100, 3])
+    assert (first, last) == (2, 6) and isinstance(failed, KeyError)
+    wrong = await batcher.gather([-13, 1])
+    assert [type(error) for error in wrong] == [ValueError, ValueError]
+
+
+async def test_what_waits_is_counted(doubler: Doubler) -> None:
+    batcher = MicroBatcher(doubler, max_items=4, window_s=0)
+    doubler.gate.clear()
+    running = asyncio.create_task(batcher.submit([0]))
+    while not doubler.batches:
+        await asyncio.sleep(0)
+    long = asyncio.create_task(batcher.submit(list(range(10))))
+    short = asyncio.create_task(batcher.submit([1, 2]))
+    await asyncio.sleep(0)
+    assert batcher.waiting == 12
+    long.cancel()
+    await asyncio.sleep(0)
+    assert batcher.waiting == 2
+    doubler.gate.set()
+    assert await running == [0] and await short == [2, 4]
+    assert batcher.waiting == 0 and sorted(doubler.batches) == [[0], [1, 2]]
+
+
+async def test_a_call_that_is_cut_short_leaves_the_rest_of_its_items(doubler: Doubler) -> None:
+    batcher = MicroBatcher(doubler, max_items=2, window_s=0)
+    doubler.gate.clear()
+    call = asyncio.create_task(batcher.submit(list(range(6))))
+    while not doubler.batches:
+        await asyncio.sleep(0)
+    call.cancel()
+    await asyncio.sleep(0)
+    doubler.gate.set()
+    await batcher.drain()
+    assert doubler.batches == [[0, 1]] and batcher.waiting == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    calls=st.lists(st.lists(st.integers(0, 200), max_size=7), max_size=12),
+    max_items=st.integers(1, 6),
+    max_running=st.integers(1, 3),
+)
+def test_every_call_gets_its_own_results(calls: list[list[int]], max_items: int, max_running: int) -> None:
+    async def run() -> None:
+        async def work(items: list[int]) -> list[int | Exception]:
+            assert 0 < len(items) <= max_items
+            await asyncio.sleep(0)
+            return [KeyError(item) if item == 100 else 2 * item for item in items]
+
+        batcher = MicroBatcher(work, max_items=max_items, window_s=0.0001, max_running=max_running)
+        answers = await asyncio.gather(*(batcher.gather(items) for items in calls))
+        for items, results in zip(calls, answers, strict=True):
+            assert [-1 if isinstance(result, KeyError) else result for result in results] == [
+                -1 if item == 100 else 2 * item for item in items
+            ]
+
+    asyncio.run(run())

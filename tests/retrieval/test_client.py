@@ -3,7 +3,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from typing import Any
 
 import httpx
@@ -13,9 +17,11 @@ from hypothesis import strategies as st
 
 from tests.retrieval.support import PASSAGES, FakeEngine, free_port
 from verl.errors import ConfigError, RetrieverError
+from verl.retrieval.app import create_app
 from verl.retrieval.client import RetrieverClient, RetrieverClientConfig, search_sync
+from verl.retrieval.client_http import _retry_after_s
 from verl.retrieval.corpus import Corpus
-from verl.retrieval.server import ServerConfig, create_app
+from verl.retrieval.server_config import ServerConfig
 from verl.retrieval.wire import RequestLimits, parse_response
 from verl.types import Document, SearchResult
 
@@ -83,9 +89,10 @@ async def test_calls_with_another_topk_get_their_own_request() -> None:
         httpx.ConnectError("refused"),
         httpx.ReadTimeout("slow"),
         httpx.RemoteProtocolError("closed"),
-        httpx.Response(500),
+        httpx.Response(429),
         httpx.Response(502, text="bad gateway"),
-        httpx.Response(503, headers={"Retry-After": "1"}),
+        httpx.Response(503, headers={"Retry-After": "0"}),
+        httpx.Response(504),
     ],
 )
 async def test_what_may_pass_is_tried_again(failure: httpx.Response | Exception) -> None:
@@ -93,6 +100,125 @@ async def test_what_may_pass_is_tried_again(failure: httpx.Response | Exception)
     async with make_client(service, retry_window_s=5.0) as client:
         assert (await client(["a"], 1))[0].query == "a"
     assert len(service.requests) == 4
+
+
+async def test_a_service_that_asks_for_time_gets_it() -> None:
+    service = Service(fail_first=1, failure=httpx.Response(503, headers={"Retry-After": "1"}))
+    start = time.monotonic()
+    async with make_client(service, retry_window_s=5.0) as client:
+        await client(["a"], 1)
+    assert time.monotonic() - start >= 0.99
+
+
+async def test_a_service_that_asks_for_more_time_than_there_is_is_given_up_at_once() -> None:
+    service = Service(fail_first=9, failure=httpx.Response(503, headers={"Retry-After": "3600"}))
+    async with make_client(service, retry_window_s=60.0) as client:
+        with pytest.raises(RetrieverError, match=r"gave no answer: status 503: .*\(1 attempts"):
+            await client(["a"], 1)
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [("7", 7.0), ("1.5", 1.5), ("", 0.0), ("soon", 0.0), ("-3", 0.0), ("nan", 0.0), ("inf", 0.0)],
+)
+def test_retry_after_is_read(value: str, seconds: float) -> None:
+    assert _retry_after_s(httpx.Response(503, headers={"Retry-After": value})) == seconds
+
+
+def test_retry_after_may_be_a_date() -> None:
+    at = format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True)
+    assert 95 <= _retry_after_s(httpx.Response(503, headers={"Retry-After": at})) <= 100
+
+
+@pytest.mark.parametrize(("faults", "retries", "requests"), [(1, 1, 2), (5, 1, 2), (2, 2, 3), (1, 0, 1)])
+async def test_a_fault_of_the_service_is_tried_again_only_so_often(faults: int, retries: int, requests: int) -> None:
+    service = Service(fail_first=faults, failure=httpx.Response(500, json={"error": {"code": "x", "message": "oops"}}))
+    async with make_client(service, retry_window_s=60.0, fault_retries=retries) as client:
+        if faults <= retries:
+            assert (await client(["a"], 1))[0].query == "a"
+        else:
+            with pytest.raises(RetrieverError, match=f"retriever {URL} failed with 500: oops"):
+                await client(["a"], 1)
+    assert len(service.requests) == requests
+
+
+class Partial(FakeEngine):
+    """Cannot answer queries that start with "no", and breaks at those that start with "break"."""
+
+    def search(self, queries: Sequence[str], topk: int) -> list[SearchResult | RetrieverError]:
+        if any(query.startswith("break") for query in queries):
+            raise RuntimeError("index on fire")
+        found = super().search(queries, topk)
+        return [RetrieverError(f"no luck with {r.query}") if r.query.startswith("no") else r for r in found]
+
+
+async def test_a_query_that_the_engine_cannot_answer_fails_for_its_caller_alone(corpus: Corpus) -> None:
+    engine = Partial(corpus)
+    transport = httpx.ASGITransport(create_app(engine, ServerConfig()))
+    asked = ["a", "no 1", "b", "no 2", "c", "break", "no 3"]
+    async with RetrieverClient(RetrieverClientConfig(**FAST), transport) as client:
+        answers = await asyncio.gather(*(client([query], 1) for query in asked), return_exceptions=True)
+    for query, answer in zip(asked, answers, strict=True):
+        if query in "abc":
+            assert isinstance(answer, list) and answer[0].query == query
+        else:
+            assert isinstance(answer, RetrieverError)
+            assert ("index on fire" if query == "break" else f"no luck with {query}") in str(answer)
+
+
+async def test_queries_that_fail_together_are_asked_for_together(corpus: Corpus) -> None:
+    engine = Partial(corpus)
+    transport = httpx.ASGITransport(create_app(engine, ServerConfig()))
+    async with RetrieverClient(RetrieverClientConfig(**FAST, batch_queries=40), transport) as client:
+        calls = (client([f"{'no' if n % 2 else 'yes'} {n}"], 1) for n in range(40))
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+    assert sum(isinstance(answer, RetrieverError) for answer in answers) == 20
+    assert sum(query.startswith("no") for queries, _ in engine.calls for query in queries) == 20
+
+
+async def test_a_call_ends_at_its_deadline_and_leaves_the_others(corpus: Corpus) -> None:
+    async def slowly(request: httpx.Request) -> httpx.Response:
+        await asyncio.sleep(60)
+        raise AssertionError("nobody waits that long")
+
+    async with make_client(slowly, deadline_s=0.1, retry_window_s=60.0, timeout_s=60.0, max_requests=1) as client:
+        with pytest.raises(RetrieverError, match=rf"{URL} gave no answer within deadline_s=0.1; raise it"):
+            await client(["a"], 1)
+        client._http._http._transport = httpx.MockTransport(Service())
+        with pytest.raises(RetrieverError, match="deadline_s"):  # the slow request still has the only place
+            await client(["b"], 1)
+        for task in next(iter(client._batchers.values()))._running:
+            task.cancel()
+
+
+async def test_the_token_goes_with_every_request(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RETRIEVER_TOKEN", "s3cret")
+    transport = httpx.ASGITransport(create_app(FakeEngine(corpus), ServerConfig(token_env="RETRIEVER_TOKEN")))
+    async with RetrieverClient(RetrieverClientConfig(**FAST, token_env="RETRIEVER_TOKEN"), transport) as client:
+        assert len(await client(["a"], 1)) == 1
+    async with RetrieverClient(RetrieverClientConfig(**FAST), transport) as client:
+        with pytest.raises(RetrieverError, match="refused the request with 401: no valid bearer token came"):
+            await client(["a"], 1)
+    monkeypatch.delenv("RETRIEVER_TOKEN")
+    with pytest.raises(ConfigError, match="token_env=RETRIEVER_TOKEN: the variable is not set"):
+        RetrieverClient(RetrieverClientConfig(**FAST, token_env="RETRIEVER_TOKEN"))
+
+
+def test_from_code_without_a_loop_and_from_many_threads() -> None:
+    service = Service()
+    with make_client(service, batch_queries=64, max_requests=1, batch_window_ms=20.0) as client:
+        assert client.search(["a", "b"], 1)[1].query == "b"
+        with ThreadPoolExecutor(16) as threads:
+            found = list(threads.map(lambda n: client.search([f"q{n}"], 1), range(64)))
+        assert [result.query for (result,) in found] == [f"q{n}" for n in range(64)]
+        with pytest.raises(RetrieverError, match="is blank"):
+            client.search([" "], 1)
+    assert len(service.requests) < 60  # at least some of them shared one
+
+
+async def test_a_call_that_would_block_the_loop_is_refused() -> None:
+    with pytest.raises(RetrieverError, match="would block the running event loop; await the client"):
+        make_client(Service()).search(["a"], 1)
 
 
 async def test_a_service_that_stays_away_is_reported_after_the_window() -> None:
@@ -266,15 +392,23 @@ async def test_an_answer_that_drips_is_given_up_at_the_timeout() -> None:
     [
         {"url": "localhost:3000"},
         {"url": "http://localhost:99999/retrieve"},
+        {"url": "http://localhost:3000"},
+        {"url": "http:///retrieve"},
+        {"urls": ("http://a/retrieve", "b/retrieve")},
+        {"urls": ("http://a/retrieve", "http://a/retrieve")},
         {"batch_queries": 0},
         {"max_requests": 0},
         {"timeout_s": 0.0},
         {"timeout_s": float("inf")},
         {"retry_window_s": -1.0},
+        {"deadline_s": 0.0},
+        {"fault_retries": -1},
         {"backoff_s": float("nan")},
         {"batch_window_ms": -1.0},
     ],
 )
 def test_a_wrong_client_config_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(wrong))):
+    with pytest.raises(
+        ConfigError, match=next(iter(wrong)).removesuffix("s") if "url" in str(wrong) else next(iter(wrong))
+    ):
         RetrieverClientConfig(**wrong)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -18,20 +23,20 @@ import uvicorn
 
 from tests.retrieval.support import PASSAGES, FakeEngine, free_port, open_corpus, write_corpus
 from verl.errors import RetrieverError
+from verl.retrieval.app import create_app
 from verl.retrieval.build import build_index
 from verl.retrieval.client import RetrieverClient, RetrieverClientConfig, search_sync
 from verl.retrieval.engine import open_index
-from verl.retrieval.server import ServerConfig, create_app
+from verl.retrieval.server_config import ServerConfig
 
 pytestmark = pytest.mark.integration
 
 
 @contextlib.contextmanager
-def running(*arguments: object) -> Iterator[subprocess.Popen[str]]:
+def running(*arguments: object, module: str = "verl.retrieval.server") -> Iterator[subprocess.Popen[str]]:
     """A server process that ends with the test."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "verl.retrieval.server", *map(str, arguments)], stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         yield process
     finally:
@@ -171,6 +176,167 @@ def test_results_are_the_engines_however_they_are_asked_for(served: tuple[object
     assert (health["retriever"], health["documents"]) == ("bm25", 8)
     with pytest.raises(RetrieverError):
         search_sync(client_config(port, retry_window_s=0.0), ["river"], 1)
+
+
+@contextlib.contextmanager
+def toy(port: int, **behaviour: Any) -> Iterator[subprocess.Popen[str]]:
+    """A server that loads and searches as slowly as it is told."""
+    with running(port, json.dumps(behaviour), module="tests.retrieval.toy_server") as process:
+        yield process
+
+
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def status(port: int, path: str) -> int:
+    """Return the status of a GET, 0 where nothing answers."""
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}{path}", timeout=20).status_code
+    except httpx.TransportError:
+        return 0
+
+
+def test_the_port_answers_while_the_index_is_loaded() -> None:
+    port = free_port()
+    with toy(port, load_s=3.0) as process:
+        until(lambda: status(port, "/ready") != 0)
+        assert httpx.get(f"http://127.0.0.1:{port}/ready").json() == {"status": "loading"}
+        assert status(port, "/ready") == status(port, "/health") == 503
+        asked = httpx.post(f"http://127.0.0.1:{port}/retrieve", json={"queries": ["q"]})
+        assert asked.status_code == 503 and asked.headers["retry-after"]
+        assert search_sync(client_config(port), ["q"], 1)[0].documents[0].id == "q"
+        assert status(port, "/ready") == status(port, "/health") == 200
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=30)
+    assert process.returncode == 0 and "engine closed" in log and "Traceback" not in log
+
+
+def test_a_server_that_is_still_loading_stops_at_once() -> None:
+    port = free_port()
+    with toy(port, load_s=600.0) as process:
+        until(lambda: status(port, "/ready") == 503)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+
+
+def test_an_index_that_cannot_be_loaded_ends_the_server_with_the_reason() -> None:
+    port = free_port()
+    with toy(port, load_s=0.5, fail="the disk is gone") as process:
+        _, log = process.communicate(timeout=60)
+    assert process.returncode == 1 and log.strip().splitlines()[-1] == "error: the disk is gone"
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize("drain_s", [0.0, 1.5])
+def test_sigterm_to_the_process_answers_what_is_in_flight(drain_s: float) -> None:
+    port = free_port()
+    with toy(port, search_s=1.0, config={"drain_s": drain_s}) as process:
+        until(lambda: status(port, "/ready") == 200)
+        with ThreadPoolExecutor(8) as threads:
+            asked = [threads.submit(search_sync, client_config(port, 0.0), [f"q{n}"], 1) for n in range(6)]
+            time.sleep(0.5)
+            process.send_signal(signal.SIGTERM)
+            if drain_s:
+                until(lambda: status(port, "/ready") == 503)
+                late = search_sync(client_config(port, 0.0), ["late"], 1)
+                assert late[0].documents[0].id == "late"
+            assert [future.result()[0].documents[0].id for future in asked] == [f"q{n}" for n in range(6)]
+        assert process.wait(timeout=30) == 0
+    assert status(port, "/ready") == 0
+
+
+def test_a_search_that_does_not_end_does_not_keep_the_server(tmp_path: Path) -> None:
+    port = free_port()
+    with toy(port, search_s=600.0, config={"shutdown_timeout_s": 1.0}) as process:
+        until(lambda: status(port, "/ready") == 200)
+        with ThreadPoolExecutor(1) as threads:
+            asked = threads.submit(search_sync, client_config(port, 0.0), ["q"], 1)
+            time.sleep(0.5)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=30) == 0
+            with pytest.raises(RetrieverError, match="gave no answer"):
+                asked.result()
+
+
+def test_answers_are_the_same_from_one_worker_and_from_four(served: tuple[object, ...]) -> None:
+    queries = [text for _, _, text in PASSAGES] + ["river", "zzz", "planet sun", "capital", "twin lighthouses"]
+    answers = []
+    for workers in (1, 4):
+        port = free_port()
+        with running(*served, "--port", port, "--workers", workers, "--cache_mb", 0) as process:
+            until(lambda port=port: status(port, "/ready") == 200)
+            url = f"http://127.0.0.1:{port}/retrieve"
+            body = {"queries": queries, "topk": 5, "return_scores": True}
+            answers += [httpx.post(url, json=body).json() for _ in range(8)]  # each over a connection of its own
+            process.send_signal(signal.SIGTERM)
+            _, log = process.communicate(timeout=30)
+        assert process.returncode == 0 and "Traceback" not in log
+    assert all(answer == answers[0] for answer in answers)
+
+
+def children(process: subprocess.Popen[str]) -> set[int]:
+    """Return the server processes that a process has started."""
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    found = map(int, path.read_text().split())
+    return {pid for pid in found if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+
+
+def counted(port: int, name: str) -> float:
+    """Return a counter of the service."""
+    lines = httpx.get(f"http://127.0.0.1:{port}/metrics").text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+
+
+def test_workers_share_a_port_a_cache_and_their_counters_and_are_replaced(
+    served: tuple[object, ...], tmp_path: Path
+) -> None:
+    port = free_port()
+    flags = ("--port", port, "--workers", 2, "--cache_mb", 0, "--cache_file", tmp_path / "results.sqlite")
+    with running(*served, *flags) as process:
+        until(lambda: status(port, "/ready") == 200 and counted(port, "retriever_ready") == 2)
+        before = search_sync(client_config(port), ["river"], 2)
+        for _ in range(19):
+            assert search_sync(client_config(port), ["river"], 2) == before
+        assert counted(port, "retriever_queries_total") == 20
+        assert counted(port, "retriever_searched_queries_total") == 1
+        with running(*served, "--port", port, "--workers", 2) as second:
+            _, errors = second.communicate(timeout=60)
+            assert second.returncode == 1 and f"cannot listen on 127.0.0.1:{port}" in errors
+        (victim, _) = workers = sorted(children(process))
+        os.kill(victim, signal.SIGKILL)
+        assert search_sync(client_config(port), ["river"], 2) == before
+        until(lambda: len(children(process) - {victim}) == 2 and counted(port, "retriever_ready") == 2)
+        assert search_sync(client_config(port), ["river"], 2) == before
+        assert counted(port, "retriever_queries_total") >= 22
+        process.kill()
+        process.wait()
+        until(lambda: status(port, "/ready") == 0)
+        until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+
+
+def test_workers_that_cannot_start_are_one_line(served: tuple[object, ...], tmp_path: Path) -> None:
+    other = write_corpus(tmp_path / "other.jsonl", PASSAGES[:4])
+    arguments = [other if argument == tmp_path / "corpus.jsonl" else argument for argument in served]
+    with running(*arguments, "--port", 0, "--workers", 3) as process:
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in errors
+    *_, cause, end = errors.strip().splitlines()
+    assert cause.startswith("error: index") and "was built for another corpus" in cause
+    assert end.startswith("error: worker 0 ended with exit code 1 before it was ready")
+
+
+@pytest.mark.parametrize(("host", "warned"), [("127.0.0.1", False), ("0.0.0.0", True)])
+def test_a_port_for_all_without_a_token_is_warned_about(served: tuple[object, ...], host: str, warned: bool) -> None:
+    port = free_port()
+    with running(*served, "--host", host, "--port", port) as process:
+        until(lambda: status(port, "/ready") == 200)
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=30)
+    assert ("no token is asked for" in log) == warned
 
 
 def test_help_names_the_published_flags() -> None:

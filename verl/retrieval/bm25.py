@@ -2,51 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import bm25s
 import numpy as np
-import Stemmer
-from bm25s.stopwords import STOPWORDS_EN
-from tqdm import tqdm
 
-from verl.errors import ConfigError, DataError
+from verl.errors import DataError
+from verl.retrieval import bm25_build
+from verl.retrieval.bm25_analysis import Analyzer
 from verl.retrieval.corpus import Corpus
 from verl.retrieval.engine import IndexInfo, check_topk, engine_info
+from verl.retrieval.index_marks import check_marks, marks
 from verl.retrieval.ranking import best_first
 from verl.retrieval.settings import BM25Config
 from verl.typed import Decoder
 from verl.types import SearchResult
 
 _FILES = "bm25"
-_WORD = re.compile(r"\w+")
-_POSSESSIVE = re.compile(r"['’]s\b")
-
-
-class Analyzer:
-    """Turns text into index terms: lower case, no possessive, words, no stop words, stems.
-
-    Raises:
-        ConfigError: PyStemmer has no such stemmer.
-    """
-
-    def __init__(self, config: BM25Config) -> None:
-        if config.stemmer != "none" and config.stemmer not in Stemmer.algorithms():
-            known = ", ".join(["none", *Stemmer.algorithms()])
-            raise ConfigError(f"bm25 stemmer={config.stemmer!r} is unknown; expected one of {known}")
-        self._stopwords = frozenset(STOPWORDS_EN) if config.stopwords == "english" else frozenset()
-        self._stem: Callable[[list[str]], list[str]] = (
-            list if config.stemmer == "none" else Stemmer.Stemmer(config.stemmer).stemWords
-        )
-
-    def __call__(self, text: str) -> list[str]:
-        """Return the terms of `text`, in order, repeated ones included."""
-        words = _WORD.findall(_POSSESSIVE.sub("", text.lower()))
-        return self._stem([word for word in words if word not in self._stopwords])
+_VOCABULARY = "vocab.index.json"
 
 
 class BM25Engine:
@@ -60,10 +37,14 @@ class BM25Engine:
 
     def __init__(self, info: IndexInfo, index: bm25s.BM25, analyzer: Analyzer, corpus: Corpus) -> None:
         self.info = engine_info(info)
-        self._index = index
-        self._vocabulary: Mapping[str, int] = index.vocab_dict
-        self._analyzer = analyzer
         self.corpus = corpus
+        self._analyzer = analyzer
+        self._vocabulary: Mapping[str, int] = index.vocab_dict
+        # Plain views of the mapped files: slicing an np.memmap runs Python code, slicing an array does not.
+        self._starts, self._rows, self._scores = (
+            np.asarray(index.scores[name]) for name in ("indptr", "indices", "data")
+        )
+        self._totals = np.zeros(len(corpus), np.float32)
 
     def search(self, queries: Sequence[str], topk: int) -> list[SearchResult]:
         """See `verl.retrieval.engine.Engine.search`."""
@@ -74,16 +55,36 @@ class BM25Engine:
         terms = [self._vocabulary[term] for term in self._analyzer(query) if term in self._vocabulary]
         if not terms:
             return SearchResult(query, (), ())
-        scores = self._index.get_scores_from_ids(terms)
-        rows = candidates(scores, topk)
-        return best_first(self.corpus, query, rows, scores[rows], topk)
+        rows, scores = self._score(terms)
+        best = candidates(scores, topk)
+        return best_first(self.corpus, query, rows[best], scores[best], topk)
+
+    def _score(self, terms: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows that hold any of `terms`, each once, and their scores, all positive.
+
+        Only these rows are looked at, while bm25s ranks the scores of all documents: the work of a query is that of
+        its terms, however large the corpus. The additions are those of bm25s in the same order and type.
+        """
+        totals, found = self._totals, []
+        try:
+            for term in terms:
+                span = slice(self._starts[term], self._starts[term + 1])
+                held = self._rows[span]
+                before = totals.take(held)
+                found.append(held[before == 0])
+                totals[held] = before + self._scores[span]
+            rows = np.concatenate(found)
+            return rows, totals.take(rows)
+        finally:
+            for held in found:
+                totals[held] = 0
 
     def close(self) -> None:
         """See `verl.retrieval.engine.Engine.close`."""
 
 
 def candidates(scores: np.ndarray, topk: int) -> np.ndarray:
-    """Return the rows with a positive score of at least the `topk`-th best one, in row order.
+    """Return the positions of the positive scores of at least the `topk`-th best one, rising.
 
     Args:
         scores: (documents,) float32, none negative.
@@ -91,28 +92,22 @@ def candidates(scores: np.ndarray, topk: int) -> np.ndarray:
     Returns:
         (at least topk, if so many are positive,) int64
     """
-    floor = np.partition(scores, -topk)[-topk]
+    floor = np.partition(scores, -topk)[-topk] if topk <= len(scores) else 0.0
     return np.flatnonzero(scores >= floor) if floor > 0 else np.flatnonzero(scores > 0)
 
 
-def write_index(corpus: Corpus, folder: Path, config: BM25Config) -> IndexInfo:
+def write_index(corpus: Corpus, folder: Path, config: BM25Config, workers: int | None = None) -> IndexInfo:
     """Index `corpus` into `folder`.
+
+    Args:
+        workers: processes that analyse the documents; chosen by the CPUs and the size of the corpus when None.
 
     Raises:
         DataError: no document of the corpus holds an indexable word.
     """
     _quiet_bm25s()
-    vocabulary: dict[str, int] = {}
-    documents = [
-        [vocabulary.setdefault(term, len(vocabulary)) for term in terms]
-        for terms in tqdm(_terms(corpus, Analyzer(config)), total=len(corpus), desc="analysing", unit="doc", delay=2)
-    ]
-    if not vocabulary:
-        raise DataError(f"corpus {corpus.path} holds no indexable word; expected text in a language with words")
-    index = bm25s.BM25(k1=config.k1, b=config.b, method="lucene")
-    index.index((documents, vocabulary), create_empty_token=False, show_progress=False)
-    index.save(str(folder / _FILES), show_progress=False)
-    return index_info(corpus, config)
+    bm25_build.build(corpus, folder / _FILES, config, workers)
+    return replace(index_info(corpus, config), files=marks(folder, (folder / _FILES).iterdir()))
 
 
 def index_info(corpus: Corpus, config: BM25Config) -> IndexInfo:
@@ -128,25 +123,26 @@ def open_engine(folder: Path, corpus: Corpus, info: IndexInfo) -> BM25Engine:
     """
     _quiet_bm25s()
     config = Decoder(error=DataError).decode(BM25Config, info.settings)
+    check_marks(folder, info)
     try:
-        index = bm25s.BM25.load(str(folder / _FILES), mmap=True)
+        # bm25s would also keep a set of all ids of terms, which is as large as the vocabulary.
+        index = bm25s.BM25.load(str(folder / _FILES), mmap=True, load_vocab=False)
+        index.vocab_dict = json.loads((folder / _FILES / _VOCABULARY).read_text("utf-8"))
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"index {folder} is damaged ({error}); build it again with --overwrite") from error
-    # Plain views of the mapped files: every slice of an np.memmap runs Python code, every slice of an array does not.
-    for name in ("data", "indices", "indptr"):
-        index.scores[name] = np.asarray(index.scores[name])
-    if index.scores["num_docs"] != len(corpus) or len(index.scores["indptr"]) != len(index.vocab_dict) + 1:
-        raise DataError(
-            f"index {folder} is damaged: it holds {index.scores['num_docs']} documents and "
-            f"{len(index.scores['indptr']) - 1} terms, expected {len(corpus)} and {len(index.vocab_dict)}; build it "
-            "again with --overwrite"
-        )
+    _check(folder, index, len(corpus))
     return BM25Engine(info, index, Analyzer(config), corpus)
 
 
-def _terms(corpus: Corpus, analyzer: Analyzer) -> Iterator[list[str]]:
-    for document in corpus.documents():
-        yield analyzer(document.contents)
+def _check(folder: Path, index: bm25s.BM25, documents: int) -> None:
+    """Refuse files that do not fit together; a truncated one is found by `load`, since its header says its length."""
+    starts, entries = index.scores["indptr"], {len(index.scores["indices"]), len(index.scores["data"])}
+    found = (index.scores["num_docs"], len(starts) - 1)
+    if found != (documents, len(index.vocab_dict)) or entries != {int(starts[-1])}:
+        raise DataError(
+            f"index {folder} is damaged: it holds {found[0]} documents, {found[1]} terms and {sorted(entries)} scores; "
+            f"expected {documents}, {len(index.vocab_dict)} and {int(starts[-1])}; build it again with --overwrite"
+        )
 
 
 def _quiet_bm25s() -> None:

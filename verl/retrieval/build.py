@@ -1,38 +1,54 @@
-"""Build an index: `python -m verl.retrieval.build --retriever_name N --corpus_path C --save_dir D`."""
+"""Build an index: `python -m verl.retrieval.build --retriever_name N --corpus_path C --save_dir D`.
+
+`build plan` says what each kind of dense index would need, `build tune` chooses how an index is searched, and
+`build import` records which corpus a published FAISS file belongs to; each has a `--help`.
+"""
 
 from __future__ import annotations
 
-import argparse
+import importlib
 import logging
 import signal
 import sys
-import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from verl.errors import ConfigError, DataError, SearchAgentError
+from verl.retrieval.build_flags import build_options, build_parser
+from verl.retrieval.build_options import BuildOptions
 from verl.retrieval.corpus import Corpus
-from verl.retrieval.encoder_spec import EncoderConfig
 from verl.retrieval.engine import INFO_NAME, IndexInfo
-from verl.retrieval.settings import RETRIEVERS, BM25Config, check_retriever
+from verl.retrieval.search_config import TUNING_NAME
+from verl.retrieval.settings import check_retriever
+from verl.retrieval.workplace import put_in_place, workplace
 
 logger = logging.getLogger(__name__)
 
+_SUBCOMMANDS = {
+    "plan": "verl.retrieval.plan_cli",
+    "tune": "verl.retrieval.tune_cli",
+    "import": "verl.retrieval.import_index",
+}
 
-@dataclass(frozen=True, slots=True)
-class BuildOptions:
-    """What to build, besides which retriever over which corpus.
 
-    Attributes:
-        model: encoder in place of the retriever's own; not for BM25.
-        overwrite: replace an index that is not the one asked for.
-    """
+class Builder(Protocol):
+    """Knows how one index is built."""
 
-    model: str | None = None
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    bm25: BM25Config = field(default_factory=BM25Config)
-    overwrite: bool = False
+    @property
+    def planned(self) -> IndexInfo:
+        """What `index.json` will say, but for the files."""
+        ...
+
+    @property
+    def write(self) -> Callable[[Path], IndexInfo]:
+        """Writes the files of the index into a folder."""
+        ...
+
+    def finish(self) -> None:
+        """Do what remains once the index is in its place."""
+        ...
 
 
 def build_index(
@@ -41,7 +57,7 @@ def build_index(
     """Build an index into `save_dir`, or keep the one there if it is just that.
 
     The files are written beside `save_dir` and moved there when complete, so a build that is killed leaves nothing
-    that could be loaded.
+    that could be loaded; the vectors that a dense build had made by then are taken up by the next.
 
     Raises:
         ConfigError: unknown retriever, wrong options, a model that cannot be loaded, or `save_dir` holds something
@@ -50,120 +66,125 @@ def build_index(
     """
     check_retriever(retriever_name)
     options, target = options or BuildOptions(), Path(save_dir)
-    if retriever_name == "bm25" and options.model:
-        raise ConfigError(f"retriever_model={options.model!r} was given for bm25, which has no model; leave it out")
-    planned = _planned(corpus, retriever_name, options)
-    if _is_built(target, planned, options.overwrite):
+    options.check(retriever_name)
+    _check_target(target)
+    builder = _builder(corpus, retriever_name, options, target)
+    if _is_built(target, builder.planned, options.overwrite):
         logger.info("%s already holds this index; nothing to do", target)
-        return planned
+        return IndexInfo.load(target)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
-            workplace = Path(folder) / "index"
-            workplace.mkdir()
-            info = _write(corpus, retriever_name, options, workplace)
-            info.save(workplace)
-            _put_in_place(workplace, target, Path(folder) / "previous")
+        with workplace(target) as folder:
+            new = folder / "index"
+            new.mkdir()
+            info = builder.write(new)
+            info.save(new)
+            put_in_place(new, target, folder / "previous")
     except OSError as error:
         raise DataError(f"cannot write index {target} ({error}); free some space or pass another --save_dir") from error
     logger.info("built %s over %d documents in %s", retriever_name, info.documents, target)
+    builder.finish()
     return info
 
 
-def _put_in_place(new: Path, target: Path, previous: Path) -> None:
-    """Rename `new` to `target`; what was there goes to `previous`, and back if the renaming fails."""
-    if target.exists():
-        target.rename(previous)
-    try:
-        new.rename(target)
-    except OSError:
-        if previous.exists():
-            previous.rename(target)
-        raise
-
-
-def _planned(corpus: Corpus, retriever_name: str, options: BuildOptions) -> IndexInfo:
-    # Imported here and below: torch and transformers take seconds, and BM25 needs neither.
-    if retriever_name == "bm25":
-        from verl.retrieval import bm25
-
-        return bm25.index_info(corpus, options.bm25)
-    from verl.retrieval import dense
-
-    return dense.index_info(corpus, retriever_name, options.model)
-
-
-def _write(corpus: Corpus, retriever_name: str, options: BuildOptions, folder: Path) -> IndexInfo:
-    if retriever_name == "bm25":
-        from verl.retrieval import bm25
-
-        return bm25.write_index(corpus, folder, options.bm25)
-    from verl.retrieval import dense
-
-    return dense.write_index(corpus, folder, retriever_name, options.model, options.encoder)
+def _check_target(target: Path) -> None:
+    """Refuse a folder that holds anything but an index, before any work is done."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not (target.is_dir() and (target / INFO_NAME).is_file()):
+        raise ConfigError(f"save_dir {target} holds something that is no index; pass a new or an empty folder")
 
 
 def _is_built(target: Path, planned: IndexInfo, overwrite: bool) -> bool:
     """Whether `target` holds the planned index; refuses to replace anything else unless told to."""
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+    if not (target / INFO_NAME).is_file():
         return False
-    if not (target.is_dir() and (target / INFO_NAME).is_file()):
-        raise ConfigError(f"save_dir {target} holds something that is no index; pass a new or an empty folder")
     if overwrite:
+        _check_replaceable(target)
         return False
     found = IndexInfo.load(target)
     if found.same_as(planned):
         return True
+    changed = {
+        key for key in {*found.settings, *planned.settings} if found.settings.get(key) != planned.settings.get(key)
+    }
+    there, asked = (
+        f"{info.retriever}, model {info.model}, corpus {info.fingerprint[:12]}, "
+        f"{ {key: info.settings.get(key) for key in changed} }"
+        for info in (found, planned)
+    )
     raise ConfigError(
-        f"save_dir {target} holds another index ({found.retriever}, model {found.model}, corpus "
-        f"{found.fingerprint[:12]}, {dict(found.settings)}); asked for {planned.retriever}, model {planned.model}, "
-        f"corpus {planned.fingerprint[:12]}, {dict(planned.settings)}; pass --overwrite or another --save_dir"
+        f"save_dir {target} holds another index ({there}); asked for {asked}; pass --overwrite or another --save_dir"
     )
 
 
+def _check_replaceable(target: Path) -> None:
+    """Refuse to replace a folder, such as one of downloads, where an index is not alone."""
+    try:
+        own = {Path(name).parts[0] for name in IndexInfo.load(target).files}
+    except DataError:
+        return
+    strange = sorted({item.name for item in target.iterdir()} - {INFO_NAME, TUNING_NAME, *own}) if own else []
+    if strange:
+        raise ConfigError(
+            f"save_dir {target} holds more than an index ({', '.join(strange[:3])}), and --overwrite would delete it; "
+            "move that, or pass another --save_dir"
+        )
+
+
+def _builder(corpus: Corpus, retriever_name: str, options: BuildOptions, target: Path) -> Builder:
+    # Imported here: torch, transformers and Java take seconds, and no index needs all of them.
+    if retriever_name == "bm25":
+        from verl.retrieval import bm25
+
+        planned = bm25.index_info(corpus, options.bm25)
+        return _WordBuilder(planned, lambda folder: bm25.write_index(corpus, folder, options.bm25))
+    if retriever_name == "lucene":
+        from verl.retrieval import lucene
+
+        planned = lucene.index_info(corpus, options.lucene)
+        return _WordBuilder(planned, lambda folder: lucene.write_index(corpus, folder, options.lucene))
+    from verl.retrieval.dense_build import DenseBuilder
+
+    return DenseBuilder(corpus, retriever_name, options, target)
+
+
+@dataclass(frozen=True, slots=True)
+class _WordBuilder:
+    """Builds an index of words."""
+
+    planned: IndexInfo
+    write: Callable[[Path], IndexInfo]
+
+    def finish(self) -> None:
+        pass
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Build an index from the command line."""
-    parser = _parser()
-    args = parser.parse_args(arguments)
+    """Run a subcommand; without its name, build."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    name = given.pop(0) if given and given[0] in ("build", *_SUBCOMMANDS) else "build"
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("faiss").setLevel(logging.WARNING)  # it reports every instruction set it does not find
     # Ends through the context managers, which take the unfinished files with them.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        check_retriever(args.retriever_name)
-        options = BuildOptions(
-            model=args.retriever_model,
-            encoder=EncoderConfig(args.device, args.batch_size),
-            bm25=BM25Config(args.bm25_k1, args.bm25_b, args.bm25_stopwords, args.bm25_stemmer),
-            overwrite=args.overwrite,
-        )
-        corpus = Corpus.open(args.corpus_path, args.corpus_cache)
-        build_index(corpus, args.retriever_name, args.save_dir, options)
+        (run if name == "build" else importlib.import_module(_SUBCOMMANDS[name]).run)(given)
     except SearchAgentError as error:
-        parser.exit(1, f"error: {error}\n")
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m verl.retrieval.build", description="Build a retrieval index.")
-    encoder, bm25 = EncoderConfig(), BM25Config()
-    parser.add_argument("--retriever_name", required=True, help=f"one of {', '.join(RETRIEVERS)}")
-    parser.add_argument(
-        "--corpus_path", required=True, help="jsonl or jsonl.gz: id and contents, or id, title and text"
-    )
-    parser.add_argument("--save_dir", required=True, help="folder of the index")
-    parser.add_argument("--corpus_cache", help="folder of the converted corpus (default: CORPUS_PATH.cache)")
-    parser.add_argument("--retriever_model", help="encoder: local folder or Hugging Face name")
-    parser.add_argument("--device", default=encoder.device, help="torch device of the encoder (default: a GPU if any)")
-    for flag, default, meaning in (
-        ("--batch_size", encoder.batch_size, "texts per forward pass of the encoder"),
-        ("--bm25_k1", bm25.k1, "BM25 saturation of the term frequency"),
-        ("--bm25_b", bm25.b, "BM25 weight of the document length"),
-        ("--bm25_stopwords", bm25.stopwords, "english or none"),
-        ("--bm25_stemmer", bm25.stemmer, "PyStemmer algorithm or none"),
-    ):
-        parser.add_argument(flag, type=type(default), default=default, help=f"{meaning} (default: {default})")
-    parser.add_argument("--overwrite", action="store_true", help="replace another index in SAVE_DIR")
-    return parser
+def run(arguments: Sequence[str]) -> None:
+    """Build an index as the command line says.
+
+    Raises:
+        ConfigError, DataError: see `build_index`.
+    """
+    args = build_parser().parse_args(arguments)
+    check_retriever(args.retriever_name)
+    options = build_options(args)
+    corpus = Corpus.open(args.corpus_path, args.corpus_cache, args.on_error)
+    build_index(corpus, args.retriever_name, args.save_dir, options)
 
 
 if __name__ == "__main__":

@@ -1,77 +1,39 @@
-"""The retriever as an async callable: merged into batches, retried while the service is away, checked on arrival."""
+"""The retriever as a callable: merged into batches, spread over endpoints, retried while they are away, checked."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import math
-import random
+import threading
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
-from urllib.parse import urlsplit
 
 import httpx
 
-from verl.errors import ConfigError, RetrieverError
+from verl.errors import RetrieverError
 from verl.retrieval.batching import MicroBatcher
-from verl.retrieval.wire import RetrieveRequest, parse_response, query_fault, request_body
+from verl.retrieval.client_config import RetrieverClientConfig
+from verl.retrieval.client_endpoints import Endpoint, EndpointPool, Unavailable
+from verl.retrieval.client_http import Failed, Fault, HttpRetriever
+from verl.retrieval.loop_thread import LoopThread
+from verl.retrieval.wire import RequestLimits, query_fault
 from verl.types import SearchResult
+
+__all__ = ["RetrieverClient", "RetrieverClientConfig", "search_sync"]
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True)
-class RetrieverClientConfig:
-    """How the client reaches the retriever.
-
-    Attributes:
-        url: the endpoint, `/retrieve` included.
-        timeout_s: for one attempt.
-        retry_window_s: a call that meets a dead, slow or overloaded service is tried again until this long after its
-            first attempt; 0 tries once.
-        backoff_s: mean wait before the second attempt; it doubles with every further one.
-        max_backoff_s: most that is waited between two attempts.
-        batch_queries: most queries in one request.
-        batch_window_ms: how long a request waits for the queries of other callers.
-        max_requests: requests on their way at the same time.
-        max_query_chars: longer queries are cut at a word boundary, counted and logged; what the service accepts.
-    """
-
-    url: str = "http://127.0.0.1:3000/retrieve"
-    timeout_s: float = 30.0
-    retry_window_s: float = 60.0
-    backoff_s: float = 0.2
-    max_backoff_s: float = 5.0
-    batch_queries: int = 64
-    batch_window_ms: float = 2.0
-    max_requests: int = 8
-    max_query_chars: int = 4096
-
-    def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            raise ConfigError(f"retriever url={self.url!r}; expected http://HOST:PORT/retrieve")
-        try:
-            _ = urlsplit(self.url).port
-        except ValueError as error:
-            raise ConfigError(f"retriever url={self.url!r}: {error}; expected http://HOST:PORT/retrieve") from error
-        if not (math.isfinite(self.timeout_s) and self.timeout_s > 0):
-            raise ConfigError(f"retriever timeout_s={self.timeout_s}; expected a positive number of seconds")
-        for name in ("retry_window_s", "backoff_s", "max_backoff_s", "batch_window_ms"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"retriever {name}={getattr(self, name)}; expected 0 or more")
-        for name in ("batch_queries", "max_requests", "max_query_chars"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"retriever {name}={getattr(self, name)}; expected at least 1")
+_MOST_DOCUMENTS = RequestLimits().max_documents
 
 
 class RetrieverClient:
-    """Searches through a retriever service; satisfies `verl.agent.protocols.Search`.
+    """Searches through one or several retriever services; satisfies `verl.agent.protocols.Search`.
 
-    Concurrent calls share requests. Belongs to the event loop in which it is first called; close it with `aclose` or
-    use it as an async context manager.
+    Concurrent calls share requests. Await it from one event loop, and close it with `aclose` or use it as an async
+    context manager; or call `search` from any thread, and close it with `close` or use it as a context manager. One
+    client is used in one of the two ways.
 
     Attributes:
         truncated: how many queries were cut at `max_query_chars` so far.
@@ -82,21 +44,20 @@ class RetrieverClient:
 
         Args:
             transport: how requests travel, in place of a network connection.
+
+        Raises:
+            ConfigError: the variable with the token is not set.
         """
         self.config = config
         self.truncated = 0
-        self._http = httpx.AsyncClient(
-            transport=transport,
-            timeout=config.timeout_s,
-            limits=httpx.Limits(max_connections=config.max_requests),
-            # A proxy from the environment would be asked for a service that usually runs on this very machine.
-            trust_env=False,
-        )
+        self._http = HttpRetriever(config, transport)
+        self._pool = EndpointPool(config.endpoints, config.backoff_s, config.max_backoff_s, self._http.identify)
         # A batch has one topk, because the service refuses one above the corpus size for all queries of a request.
         self._batchers: dict[int, MicroBatcher[str, SearchResult]] = {}
         self._slots = asyncio.Semaphore(config.max_requests)
-        self._jitter = random.Random()  # only spreads retries in time; no result depends on it
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._own_loop: LoopThread | None = None
+        self._starting = threading.Lock()
 
     async def __call__(self, queries: Sequence[str], topk: int) -> list[SearchResult]:
         """Return one result per query, in order, each with at most `topk` documents, best first.
@@ -104,8 +65,9 @@ class RetrieverClient:
         A query longer than `max_query_chars` is searched for in its cut form, which is then the result's `query`.
 
         Raises:
-            RetrieverError: no or a blank query, a request that the service refuses, an answer that breaks the
-                contract, or no answer within the retry window.
+            RetrieverError: no or a blank query, a request that the service refuses, a query that it cannot answer, an
+                answer that breaks the contract, endpoints that serve different indexes, or no answer within the retry
+                window or the deadline.
         """
         self._check_loop()
         if isinstance(queries, str) or not queries:
@@ -113,13 +75,48 @@ class RetrieverClient:
         sent = [self._checked(query, index) for index, query in enumerate(queries)]
         if topk not in self._batchers:
             self._batchers[topk] = self._batcher(topk)
-        return await self._batchers[topk].submit(sent)
+        try:
+            async with asyncio.timeout(self.config.deadline_s):
+                return await self._batchers[topk].submit(sent)
+        except TimeoutError as error:
+            raise RetrieverError(
+                f"retriever {self._pool} gave no answer within deadline_s={self.config.deadline_s}; raise it, or add "
+                "workers to the service"
+            ) from error
+
+    def search(self, queries: Sequence[str], topk: int) -> list[SearchResult]:
+        """Do the same for code that has no event loop; callers in several threads share requests.
+
+        Raises:
+            RetrieverError: as above, or there is an event loop in this thread, which this would block.
+        """
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            pass
+        else:
+            raise RetrieverError("search() would block the running event loop; await the client itself")
+        with self._starting:
+            if self._own_loop is None:
+                self._own_loop = LoopThread("retriever-client")
+        return self._own_loop.run(self(queries, topk))
 
     async def aclose(self) -> None:
         """Wait for the requests on their way, then close the connections."""
         for batcher in self._batchers.values():
             await batcher.drain()
         await self._http.aclose()
+
+    def close(self) -> None:
+        """Do the same after `search`."""
+        with self._starting:
+            loop, self._own_loop = self._own_loop, None
+        if loop is None:
+            return
+        try:
+            loop.run(self.aclose())
+        finally:
+            loop.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -129,6 +126,14 @@ class RetrieverClient:
     ) -> None:
         await self.aclose()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
     def _batcher(self, topk: int) -> MicroBatcher[str, SearchResult]:
         async def run(queries: list[str]) -> Sequence[SearchResult | Exception]:
             async with self._slots:
@@ -137,7 +142,7 @@ class RetrieverClient:
         config = self.config
         return MicroBatcher(
             run,
-            max_items=config.batch_queries,
+            max_items=min(config.batch_queries, max(1, _MOST_DOCUMENTS // max(topk, 1))),
             window_s=config.batch_window_ms / 1000,
             max_running=config.max_requests,
         )
@@ -167,102 +172,64 @@ class RetrieverClient:
         return at_word.strip() or head[:limit]
 
     async def _search(self, queries: list[str], topk: int) -> list[SearchResult | Exception]:
-        """Search for queries of several callers; a query that the service refuses fails for its caller alone."""
-        try:
-            return list(await self._post_until_answered(queries, topk))
-        except _Refused as refused:
-            at = refused.query_index
-            if at is None or len(queries) == 1 or not 0 <= at < len(queries):
-                raise
-            others = await self._search(queries[:at] + queries[at + 1 :], topk)
-            return [*others[:at], refused, *others[at:]]
-
-    async def _post_until_answered(self, queries: Sequence[str], topk: int) -> list[SearchResult]:
-        loop = asyncio.get_running_loop()
-        start, attempt = loop.time(), 0
-        while True:
+        """Search for queries of several callers; a query that the service cannot answer fails for its caller alone."""
+        results: dict[int, SearchResult | Exception] = {}
+        left = list(range(len(queries)))
+        while left:
             try:
-                return await self._post(queries, topk)
-            except _Unavailable as cause:
-                attempt += 1
-                wait = self._wait_s(attempt, cause.retry_after_s)
-                elapsed = loop.time() - start
-                if elapsed + wait > self.config.retry_window_s:
-                    raise RetrieverError(
-                        f"retriever {self.config.url} gave no answer: {cause} ({attempt} attempts in {elapsed:.1f} s); "
-                        "check that the service runs, or raise retry_window_s"
-                    ) from cause
-                logger.warning("retriever %s: %s; attempt %d in %.1f s", self.config.url, cause, attempt + 1, wait)
+                answers = await self._until_answered([queries[at] for at in left], topk)
+                results.update(zip(left, answers, strict=True))
+                break
+            except Failed as failed:
+                if not failed.queries:
+                    raise
+                for at, reason in failed.queries.items():
+                    results[left[at]] = RetrieverError(f"{failed.what}: {reason}")
+                left = [number for at, number in enumerate(left) if at not in failed.queries]
+        return [results[at] for at in range(len(queries))]
+
+    async def _until_answered(self, queries: Sequence[str], topk: int) -> list[SearchResult]:
+        start, attempts, faults = time.monotonic(), 0, 0
+        while True:
+            endpoint, wait = self._pool.choose()
+            if wait:
                 await asyncio.sleep(wait)
+            attempts += 1
+            try:
+                return await self._attempt(endpoint, queries, topk)
+            except Fault as fault:
+                faults += 1
+                if faults > self.config.fault_retries:
+                    raise
+                logger.warning("%s; trying once more", fault)
+            except Unavailable as cause:
+                self._check_window(cause, endpoint, start, attempts)
 
-    def _wait_s(self, attempt: int, retry_after_s: float) -> float:
-        """Exponential backoff with jitter between half and one and a half of its mean, at least what was asked for."""
-        mean = min(self.config.backoff_s * 2 ** min(attempt - 1, 30), self.config.max_backoff_s)
-        return min(max(mean * self._jitter.uniform(0.5, 1.5), retry_after_s), self.config.max_backoff_s)
+    async def _attempt(self, endpoint: Endpoint, queries: Sequence[str], topk: int) -> list[SearchResult]:
+        with self._pool.request(endpoint) as sent_at:
+            try:
+                await self._pool.check(endpoint)
+                results = await self._http.search(endpoint.url, queries, topk)
+            except Unavailable as cause:
+                self._pool.failed(endpoint, sent_at, cause.retry_after_s)
+                raise
+        endpoint.answered()
+        return results
 
-    async def _post(self, queries: Sequence[str], topk: int) -> list[SearchResult]:
-        body = request_body(RetrieveRequest(tuple(queries), topk, return_scores=True))
-        seconds = self.config.timeout_s
-        try:
-            # httpx bounds each read; an answer that drips would come through that for ever.
-            async with asyncio.timeout(seconds):
-                response = await self._http.post(
-                    self.config.url, content=body, headers={"Content-Type": "application/json"}
-                )
-        except TimeoutError as error:
-            raise _Unavailable(f"no answer within timeout_s={seconds:g}") from error
-        except httpx.TransportError as error:
-            raise _Unavailable(f"{type(error).__name__}: {error}".rstrip(": ")) from error
-        if response.status_code >= 500:
-            raise _Unavailable(f"status {response.status_code}: {_reason(response)[0]}", _retry_after_s(response))
-        if response.status_code != 200:
-            message, query_index = _reason(response)
-            refusal = f"retriever {self.config.url} refused the request with {response.status_code}: {message}"
-            raise _Refused(refusal, query_index)
-        try:
-            return parse_response(response.content, queries, topk)
-        except RetrieverError as error:
+    def _check_window(self, cause: Unavailable, endpoint: Endpoint, start: float, attempts: int) -> None:
+        """Give up if the next attempt would come after the retry window."""
+        elapsed = time.monotonic() - start
+        _, wait = self._pool.choose()
+        if elapsed + wait > self.config.retry_window_s:
+            which = f"{endpoint.url}: " if len(self.config.endpoints) > 1 else ""
             raise RetrieverError(
-                f"retriever {self.config.url}: {error}; check that the URL is a retriever's"
-            ) from error
+                f"retriever {self._pool} gave no answer: {which}{cause} ({attempts} attempts in {elapsed:.1f} s); "
+                "check that the service runs, or raise retry_window_s"
+            ) from cause
+        logger.warning("retriever %s: %s; attempt %d in %.1f s", endpoint.url, cause, attempts + 1, wait)
 
 
 def search_sync(config: RetrieverClientConfig, queries: Sequence[str], topk: int) -> list[SearchResult]:
     """Search once from code that has no event loop; raises what `RetrieverClient` raises."""
-
-    async def search() -> list[SearchResult]:
-        async with RetrieverClient(config) as client:
-            return await client(queries, topk)
-
-    return asyncio.run(search())
-
-
-class _Unavailable(Exception):
-    """The service could not be reached or could not answer; asking again may help."""
-
-    def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
-
-
-class _Refused(RetrieverError):
-    """The service says that the request is wrong; asking again cannot help."""
-
-    def __init__(self, message: str, query_index: int | None = None) -> None:
-        super().__init__(message)
-        self.query_index = query_index
-
-
-def _reason(response: httpx.Response) -> tuple[str, int | None]:
-    """Return the message of an error answer, ours or another server's, and which query is at fault, if it says so."""
-    try:
-        error = json.loads(response.content)["error"]
-        at = error.get("query_index")
-        return str(error["message"]), at if isinstance(at, int) else None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return response.text.strip()[:300] or response.reason_phrase, None
-
-
-def _retry_after_s(response: httpx.Response) -> float:
-    value = response.headers.get("Retry-After", "")
-    return float(value) if value.isascii() and value.isdigit() else 0.0
+    with RetrieverClient(config) as client:
+        return client.search(queries, topk)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,9 +13,13 @@ from typing import Protocol
 
 from verl.errors import ConfigError, DataError, RetrieverError
 from verl.retrieval.corpus import Corpus
+from verl.retrieval.encoder_spec import ENCODERS, EncoderConfig, Setting
+from verl.retrieval.search_config import SearchConfig
 from verl.retrieval.settings import check_retriever
 from verl.typed import Decoder
 from verl.types import SearchResult
+
+logger = logging.getLogger(__name__)
 
 INFO_NAME = "index.json"
 _FORMAT = 1
@@ -82,6 +88,8 @@ class IndexInfo:
         documents: number of documents in the index.
         settings: the engine's own configuration, so that queries are treated as the documents were.
         built_with: versions of the libraries that wrote the files, for the reader of an old index.
+        files: names of index files with their marks (`verl.retrieval.file_mark.file_mark`), so that a file that was
+            cut short, damaged or exchanged is known; empty where nothing was recorded.
     """
 
     retriever: str
@@ -90,11 +98,21 @@ class IndexInfo:
     documents: int
     settings: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     built_with: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
     format: int = _FORMAT
 
     def save(self, folder: Path) -> None:
-        """Write `index.json` into the folder of the index."""
-        (folder / INFO_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
+        """Write `index.json` into the folder of the index, whole or not at all.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        temporary = folder / f".{INFO_NAME}.{os.getpid()}"
+        try:
+            temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
+            os.replace(temporary, folder / INFO_NAME)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, folder: Path) -> IndexInfo:
@@ -122,9 +140,9 @@ class IndexInfo:
 
 
 def engine_info(info: IndexInfo, **details: str | int | float | bool | None) -> EngineInfo:
-    """Return what an engine over one index says about itself."""
+    """Return what an engine over one index says about itself; `details` are the settings of its searches."""
     known = {"model": info.model, **info.settings, **details}
-    identity = digest(info.retriever, info.model, info.fingerprint, known)
+    identity = digest(info.retriever, info.model, info.fingerprint, known, dict(info.files))
     return EngineInfo(info.retriever, info.documents, info.documents, info.fingerprint, identity, known)
 
 
@@ -134,43 +152,103 @@ def open_index(
     retriever_name: str,
     model: str | None = None,
     threads: int | None = None,
+    search: SearchConfig | None = None,
+    encoder: EncoderConfig | None = None,
+    encoder_overrides: Mapping[str, Setting] | None = None,
 ) -> Engine:
     """Load an index and check that it belongs to this corpus and retriever.
 
     Args:
-        index_path: the folder that `build` wrote, or a file in it.
+        index_path: the folder that `build` wrote, or a file in it; or a bare FAISS file as published, or a folder with
+            just one, of which the vectors of a few documents are checked.
         model: encoder to use in place of the one the index was built with, for example the same model under another
             path; an encoder that produces other vectors is refused.
         threads: CPU threads of a search; what the process may use when None.
+        search: how a dense index is searched.
+        encoder: how the encoder of a dense index runs.
+        encoder_overrides: fields of `EncoderSpec` to use in place of those that the index was built with; see
+            `verl.retrieval.encoder_spec.read_overrides`.
 
     Raises:
-        ConfigError: unknown retriever, `threads` below 1, or an index built by another retriever or encoder.
+        ConfigError: unknown retriever, `threads` below 1, search parameters that the index does not have, no GPU where
+            one was asked for, or an index built by another retriever or encoder.
         DataError: no complete index there, a damaged one, or one that was built for another corpus.
     """
     check_retriever(retriever_name)
     if threads is not None and threads < 1:
         raise ConfigError(f"threads={threads}; expected at least 1, or none given to use what the process may")
-    folder = _index_folder(Path(index_path))
-    info = IndexInfo.load(folder)
-    if info.retriever != retriever_name:
-        raise ConfigError(
-            f"index {folder} was built for retriever {info.retriever!r}, but retriever_name={retriever_name!r} was "
-            f"asked for; pass --retriever_name {info.retriever} or another --index_path"
-        )
-    if info.fingerprint != corpus.fingerprint:
-        raise DataError(
-            f"index {folder} was built for another corpus: fingerprint {info.fingerprint[:12]} with {info.documents} "
-            f"documents, but {corpus.path} has fingerprint {corpus.fingerprint[:12]} with {len(corpus)} documents; "
-            "pass that corpus or build the index again"
-        )
-    # Imported here: torch and transformers take seconds, and BM25 needs neither.
+    path = Path(index_path)
+    if not path.exists():
+        raise DataError(f"index {path}: no such file or folder; build it with `python -m verl.retrieval.build`")
+    folder = path if path.is_dir() else path.parent
+    info = IndexInfo.load(folder) if (folder / INFO_NAME).exists() else _bare(path, corpus, retriever_name, model)
+    check_info(info, path, corpus, retriever_name)
+    # Imported here and below: torch, transformers and Java take seconds, and no index needs all of them.
     if info.retriever == "bm25":
         from verl.retrieval import bm25
 
         return bm25.open_engine(folder, corpus, info)
+    if info.retriever == "lucene":
+        from verl.retrieval import lucene
+
+        return lucene.open_engine(folder, corpus, info, threads=threads)
     from verl.retrieval import dense
 
-    return dense.open_engine(folder, corpus, info, model, threads)
+    return dense.open_engine(folder, corpus, info, model, threads, search, encoder, encoder_overrides)
+
+
+def _bare(path: Path, corpus: Corpus, retriever_name: str, model: str | None) -> IndexInfo:
+    """Return what is known of an index that came without `index.json`.
+
+    Raises:
+        DataError: it cannot be an index of this retriever.
+    """
+    folder = path if path.is_dir() else path.parent
+    if retriever_name == "lucene":
+        from verl.retrieval import lucene
+
+        return lucene.describe(folder, corpus)
+    if retriever_name not in ENCODERS:
+        return IndexInfo.load(folder)
+    from verl.retrieval import dense
+
+    info = dense.describe(path, corpus, retriever_name, model)
+    logger.warning(
+        "%s has no %s, so only a few of its vectors can be checked against %s; `python -m verl.retrieval.build import` "
+        "records which corpus it belongs to",
+        path,
+        INFO_NAME,
+        corpus.path,
+    )
+    return info
+
+
+def check_info(info: IndexInfo, path: Path, corpus: Corpus, retriever_name: str) -> None:
+    """Refuse an index that is not the one asked for.
+
+    Args:
+        path: where it was asked for: its folder, or a file there.
+
+    Raises:
+        ConfigError: it was built for another retriever.
+        DataError: it was built for another corpus, or describes another file than `path`.
+    """
+    if info.retriever != retriever_name:
+        raise ConfigError(
+            f"index {path} was built for retriever {info.retriever!r}, but retriever_name={retriever_name!r} was "
+            f"asked for; pass --retriever_name {info.retriever} or another --index_path"
+        )
+    if info.fingerprint != corpus.fingerprint:
+        raise DataError(
+            f"index {path} was built for another corpus: fingerprint {info.fingerprint[:12]} with {info.documents} "
+            f"documents, but {corpus.path} has fingerprint {corpus.fingerprint[:12]} with {len(corpus)} documents; "
+            "pass that corpus or build the index again"
+        )
+    if path.suffix == ".index" and info.files and path.name not in info.files:
+        raise DataError(
+            f"the {INFO_NAME} beside index {path} describes {', '.join(info.files)}; pass that file, or move the other "
+            "one to a folder of its own"
+        )
 
 
 def check_topk(topk: int, info: EngineInfo) -> None:
@@ -190,9 +268,3 @@ def extent(info: EngineInfo) -> str:
     if info.documents == info.max_topk:
         return f"the corpus's {info.documents} documents"
     return f"{info.name}'s most, {info.max_topk} documents"
-
-
-def _index_folder(path: Path) -> Path:
-    if not path.exists():
-        raise DataError(f"index {path}: no such file or folder; build it with `python -m verl.retrieval.build`")
-    return path if path.is_dir() else path.parent

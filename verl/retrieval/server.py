@@ -1,191 +1,174 @@
-"""The retriever service: `python -m verl.retrieval.server --index_path I --corpus_path C --retriever_name N`."""
+"""The retriever service: `python -m verl.retrieval.server --index_path I --corpus_path C --retriever_name N`.
+
+The port is bound first, so that one in use is known at once, and answers while the index is being loaded: `/retrieve`
+and `/health` with 503, `/ready` with 503 and the state. With several workers the port answers as soon as the first one
+has loaded its index; until then connections are refused.
+"""
 
 from __future__ import annotations
 
-import argparse
 import asyncio
+import gc
 import logging
+import os
+import resource
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, fields
-from typing import Any
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from types import FrameType
 
 import uvicorn
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
-from verl.errors import ConfigError, RetrieverError, SearchAgentError
-from verl.retrieval.batching import MicroBatcher
-from verl.retrieval.corpus import Corpus
-from verl.retrieval.engine import Engine, extent, open_index
-from verl.retrieval.settings import RETRIEVERS, check_retriever
-from verl.retrieval.wire import RefusedRequest, RequestLimits, error_body, parse_request, response_body
-from verl.types import SearchResult
+from verl.errors import ConfigError, SearchAgentError
+from verl.retrieval.app import RetrieverApp
+from verl.retrieval.auth import token_from
+from verl.retrieval.opening import EngineOptions, Opened, open_engine
+from verl.retrieval.protocol import ConnectionGuard
+from verl.retrieval.server_config import ServerConfig
+from verl.retrieval.server_flags import configs, parser
+from verl.retrieval.service import SearchService
+from verl.retrieval.worker_pool import WorkerPool
 
 logger = logging.getLogger(__name__)
 
-_REQUEST_SCHEMA = {
-    "type": "object",
-    "required": ["queries"],
-    "additionalProperties": False,
-    "properties": {
-        "queries": {"type": "array", "minItems": 1, "items": {"type": "string", "minLength": 1}},
-        "topk": {"type": ["integer", "null"], "minimum": 1},
-        "return_scores": {"type": "boolean", "default": False},
-    },
-}
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_SPARE_FILES = 256
+_SWITCH_S = 0.001
+"""How long the engine's Python code may keep requests waiting for the interpreter; Python's own default is 5 ms."""
 
 
-@dataclass(frozen=True, slots=True)
-class ServerConfig:
-    """How the service listens, batches and defends itself.
+def serve(
+    open_: Callable[[], Opened],
+    config: ServerConfig,
+    listener: socket.socket,
+    listen_while_loading: bool = True,
+    on_ready: Callable[[], None] | None = None,
+) -> None:
+    """Open the engine and answer requests until SIGTERM or SIGINT, then finish those in flight.
 
-    Attributes:
-        host: address to listen on; the default can only be reached from this machine.
-        port: 0 lets the system choose a free one, which is logged.
-        topk: documents per query when a request does not say.
-        limits: what one request may ask for.
-        batch_queries: most queries that go to the engine at once.
-        batch_window_ms: how long a batch waits for the queries of other requests.
-        body_timeout_s: how long a client may take to send its body.
-        shutdown_timeout_s: how long requests in flight may take after SIGTERM.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 3000
-    topk: int = 3
-    limits: RequestLimits = field(default_factory=RequestLimits)
-    batch_queries: int = 256
-    batch_window_ms: float = 2.0
-    body_timeout_s: float = 30.0
-    shutdown_timeout_s: float = 30.0
-
-    def __post_init__(self) -> None:
-        for item in ("topk", "batch_queries"):
-            if getattr(self, item) < 1:
-                raise ConfigError(f"server {item}={getattr(self, item)}; expected at least 1")
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"server port={self.port}; expected 1 to 65535, or 0 for any free port")
-
-
-def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
-    """Build the service around an engine.
-
-    Requests are answered concurrently, but the engine is only called from one thread, with the queries of the
-    requests that wait merged into batches.
+    Args:
+        open_: opens the engine; called in the engine's thread.
+        listener: a bound socket.
+        listen_while_loading: whether connections are accepted before the engine is open.
+        on_ready: called once the engine is open and the port answers.
 
     Raises:
-        ConfigError: the default `topk` exceeds the corpus.
+        SearchAgentError: the engine cannot be opened.
     """
-    if config.topk > engine.info.max_topk:
-        raise ConfigError(f"topk={config.topk} exceeds {extent(engine.info)}; lower --topk")
-    searcher = _BatchedSearch(engine, config)
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        await searcher.close()
-
-    app = FastAPI(title="Retriever", lifespan=lifespan)
-    app.add_exception_handler(RefusedRequest, _on_refused)
-    app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(Exception, _on_failure)
-    body_docs = {"required": True, "content": {"application/json": {"schema": _REQUEST_SCHEMA}}}
-
-    @app.post("/retrieve", openapi_extra={"requestBody": body_docs})
-    async def retrieve(request: Request) -> Response:
-        body = await _read_body(request, config)
-        asked = parse_request(body, config.limits, config.topk, engine.info.max_topk)
-        results = await searcher(asked.queries, asked.topk)
-        return Response(response_body(results, asked.return_scores), media_type="application/json")
-
-    @app.get("/health")
-    async def health() -> dict[str, Any]:
-        return {
-            "status": "ok",
-            "retriever": engine.info.name,
-            "documents": engine.info.documents,
-            "fingerprint": engine.info.corpus,
-        }
-
-    return app
+    app = RetrieverApp(SearchService(config))
+    server = _Server(app, _allow_connections(config), open_, listen_while_loading, on_ready)
+    # uvicorn finishes its work on either signal and then raises it again: all was done as asked, so the process ends
+    # with 0.
+    for stop in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stop, lambda *_: _end(app.service))
+    sys.setswitchinterval(_SWITCH_S)
+    server.run(sockets=[listener])
+    if server.failure is not None:
+        raise server.failure
 
 
-class _BatchedSearch:
-    """Runs an engine in one thread of its own, fed by a `MicroBatcher`."""
+class _Server(uvicorn.Server):
+    """uvicorn, which also opens the engine, and says that it is going away before it does."""
 
-    def __init__(self, engine: Engine, config: ServerConfig) -> None:
-        self._engine = engine
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
-        self._batcher: MicroBatcher[tuple[str, int], SearchResult] = MicroBatcher(
-            self._run, max_items=config.batch_queries, window_s=config.batch_window_ms / 1000
+    def __init__(
+        self,
+        app: RetrieverApp,
+        config: ServerConfig,
+        open_: Callable[[], Opened],
+        listen_while_loading: bool,
+        on_ready: Callable[[], None] | None,
+    ) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=ConnectionGuard(config).protocol(),  # type: ignore[arg-type]  # it is only called
+                ws="none",
+                loop="uvloop",
+                log_config=None,
+                access_log=False,
+                timeout_keep_alive=config.keep_alive_s,  # type: ignore[arg-type]  # seconds of a timer
+                timeout_graceful_shutdown=max(1, round(config.shutdown_timeout_s)),
+            )
         )
+        self._app = app
+        self._open = open_
+        self._listen_while_loading = listen_while_loading
+        self._on_ready = on_ready
+        self._drain_s = config.drain_s
+        self._stop_at: float | None = None
+        self._loading: asyncio.Task[None] | None = None
+        self.failure: Exception | None = None
 
-    async def __call__(self, queries: Sequence[str], topk: int) -> list[SearchResult]:
-        return await self._batcher.submit([(query, topk) for query in queries])
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to load and to listen."""
+        self._loading = asyncio.create_task(self._load())
+        while not (self._listen_while_loading or self._loading.done() or self.should_exit):
+            await asyncio.wait((self._loading,), timeout=0.1)
+        if self.should_exit:
+            return
+        await super().startup(sockets)
+        self._loading.add_done_callback(self._loaded)
 
-    async def close(self) -> None:
-        await self._batcher.drain()
-        self._thread.shutdown()
+    async def on_tick(self, counter: int) -> bool:
+        """Stop once the time after SIGTERM has passed in which requests are still accepted."""
+        if self._stop_at is not None and time.monotonic() >= self._stop_at:
+            self.should_exit = True
+        return await super().on_tick(counter)
 
-    async def _run(self, jobs: Sequence[tuple[str, int]]) -> list[SearchResult | Exception]:
-        """Search once for the largest `topk`; the result for a smaller one is the head of it (see `Engine`)."""
-        queries, largest = [query for query, _ in jobs], max(topk for _, topk in jobs)
-        loop = asyncio.get_running_loop()
-        results = await loop.run_in_executor(self._thread, self._engine.search, queries, largest)
-        return [
-            result
-            if isinstance(result, RetrieverError)
-            else SearchResult(result.query, result.documents[:topk], result.scores[:topk])
-            for result, (_, topk) in zip(results, jobs, strict=True)
-        ]
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Prepare to stop at the first signal; stop at the second."""
+        self._app.service.drain()
+        if self._stop_at is None and self._drain_s and self.started:
+            self._captured_signals.append(sig)
+            self._stop_at = time.monotonic() + self._drain_s
+        else:
+            super().handle_exit(sig, frame)
 
+    async def _load(self) -> None:
+        service, start = self._app.service, time.perf_counter()
+        try:
+            opened = await service.call(self._open)
+            service.start(opened.engine, opened.cacheable)
+            if opened.reranker is not None:
+                self._app.serve_reranker(opened.reranker)
+        except Exception as error:  # whatever it is, it ends the process and not only this task
+            self.failure = error
+            self.should_exit = True
+            return
+        # What is loaded stays: looking through it at every collection would stop all requests for that time.
+        gc.collect()
+        gc.freeze()
+        seconds = time.perf_counter() - start
+        logger.info("%s: %s documents, ready after %.1f s", service.info.name, service.info.documents, seconds)
 
-async def _read_body(request: Request, config: ServerConfig) -> bytes:
-    """Read the body, giving up as soon as it is too long or too slow, whatever its headers promise."""
-    limit = config.limits.max_body_bytes
-    chunks: list[bytes] = []
-    size = 0
-    try:
-        async with asyncio.timeout(config.body_timeout_s):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > limit:
-                    message = f"the body has more than {limit} bytes; send fewer queries in a request"
-                    raise RefusedRequest(413, "body_too_large", message)
-                chunks.append(chunk)
-    except TimeoutError as error:
-        message = f"the body did not arrive within {config.body_timeout_s:g} s; send it at once"
-        raise RefusedRequest(408, "body_timeout", message) from error
-    except ClientDisconnect as error:
-        raise RefusedRequest(400, "disconnected", "the connection closed before the body was complete") from error
-    return b"".join(chunks)
-
-
-async def _on_refused(_: Request, error: Exception) -> Response:
-    if not isinstance(error, RefusedRequest):
-        raise error
-    # A client that is still sending would otherwise keep the connection busy with a body that nobody reads.
-    headers = {"Connection": "close"} if error.status in (408, 413) else None
-    return JSONResponse(error_body(error.code, str(error), error.query_index), error.status, headers)
+    def _loaded(self, _: asyncio.Task[None]) -> None:
+        if self.failure is None and self._on_ready is not None:
+            self._on_ready()
 
 
-async def _on_http_error(request: Request, error: Exception) -> Response:
-    if not isinstance(error, HTTPException):
-        raise error
-    message = f"{request.method} {request.url.path}: {error.detail}; expected POST /retrieve or GET /health"
-    return JSONResponse(error_body("http", message), error.status_code, error.headers)
+def _end(service: SearchService) -> None:
+    if service.busy:  # what is loaded or searched for cannot be interrupted, and nobody waits for it any more
+        logging.shutdown()
+        os._exit(0)
+    sys.exit(0)
 
 
-async def _on_failure(_: Request, error: Exception) -> Response:
-    """Answer for a fault of ours; the traceback goes to the log, the cause to the client."""
-    return JSONResponse(error_body("internal", f"the search failed: {type(error).__name__}: {error}"), 500)
+def _allow_connections(config: ServerConfig) -> ServerConfig:
+    """Raise the limit of open files as far as connections need it and the system lets us."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = config.max_connections + _SPARE_FILES
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        most = max(1, hard - _SPARE_FILES)
+        logger.warning("%d open files are allowed, so at most %d connections (ulimit -n)", hard, most)
+        return replace(config, max_connections=most)
+    return config
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -194,9 +177,27 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         ConfigError: the address cannot be bound.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    return _bound(host, port, socket.SO_REUSEADDR)
+
+
+def bind_shared(host: str, port: int) -> socket.socket:
+    """Reserve an address for workers, who `join` it; no other server can take it, not even one with workers."""
+    bind(host, port).close()  # fails where anything uses the port, whatever it lets others do
+    reserved = _bound(host, port, socket.SO_REUSEADDR, socket.SO_REUSEPORT)
+    # Set, it admits what a server before us left behind; unset, it refuses the next server.
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+    return reserved
+
+
+def join(host: str, port: int) -> socket.socket:
+    """Return a worker's own socket of a shared address; the system shares the connections out."""
+    return _bound(host, port, socket.SO_REUSEADDR, socket.SO_REUSEPORT)
+
+
+def _bound(host: str, port: int, *options: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    for option in options:
+        listener.setsockopt(socket.SOL_SOCKET, option, 1)
     try:
         listener.bind((host, port))
     except (OSError, OverflowError) as error:
@@ -207,62 +208,63 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def serve(engine: Engine, config: ServerConfig, listener: socket.socket) -> None:
-    """Answer requests until SIGTERM or SIGINT, then finish those in flight."""
-    app = create_app(engine, config)
-    host, port = listener.getsockname()[:2]
-    logger.info("%s: %s documents at http://%s:%d/retrieve", engine.info.name, engine.info.documents, host, port)
-    # uvicorn finishes its work on either signal and then raises it again: all was done as asked, so the process ends
-    # with 0.
-    for stop in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(stop, lambda *_: sys.exit(0))
-    settings = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        timeout_graceful_shutdown=max(1, round(config.shutdown_timeout_s)),
-    )
-    uvicorn.Server(settings).run(sockets=[listener])
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve an index from the command line."""
-    parser = _parser()
-    args = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("faiss").setLevel(logging.WARNING)  # it reports every instruction set it does not find
+    flags = parser()
+    args = flags.parse_args(arguments)
+    set_up_logging()
     try:
-        config = ServerConfig(
-            **{item.name: getattr(args, item.name) for item in fields(ServerConfig) if item.name in args}
-        )
-        check_retriever(args.retriever_name)
-        listener = bind(config.host, config.port)
-        corpus = Corpus.open(args.corpus_path, args.corpus_cache)
-        engine = open_index(args.index_path, corpus, args.retriever_name, args.retriever_model, args.threads)
-        serve(engine, config, listener)
+        config, options = configs(args)
+        token_from(config.token_env)
+        listener = (bind if config.workers == 1 else bind_shared)(config.host, config.port)
+        _report(config, listener)
+        if config.workers == 1:
+            serve(partial(open_engine, options), config, listener)
+        else:
+            _serve_by_workers(config, options, listener)
     except SearchAgentError as error:
-        parser.exit(1, f"error: {error}\n")
+        flags.exit(1, f"error: {error}\n")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m verl.retrieval.server", description="Serve a retrieval index.")
-    defaults = ServerConfig()
-    parser.add_argument("--index_path", required=True, help="folder that verl.retrieval.build wrote, or a file in it")
-    parser.add_argument("--corpus_path", required=True, help="jsonl or jsonl.gz corpus that the index was built from")
-    parser.add_argument("--corpus_cache", help="folder of the converted corpus (default: CORPUS_PATH.cache)")
-    parser.add_argument("--retriever_name", required=True, help=f"one of {', '.join(RETRIEVERS)}")
-    parser.add_argument("--retriever_model", help="encoder: local folder or Hugging Face name")
-    parser.add_argument("--topk", type=int, default=defaults.topk, help="documents per query (default: %(default)s)")
-    parser.add_argument("--host", default=defaults.host, help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=defaults.port, help="0 for any free port (default: %(default)s)")
-    parser.add_argument(
-        "--batch_window_ms",
-        type=float,
-        default=defaults.batch_window_ms,
-        help="how long a batch waits for other requests (default: %(default)s)",
-    )
-    parser.add_argument("--threads", type=int, help="CPU threads of a search (default: all that the process may use)")
-    return parser
+def set_up_logging() -> None:
+    """Log to stderr, our own messages from INFO on."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s")
+    logging.getLogger("faiss").setLevel(logging.WARNING)  # it reports every instruction set it does not find
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it warns of every malformed request
+
+
+def _report(config: ServerConfig, listener: socket.socket) -> None:
+    port = listener.getsockname()[1]
+    logger.info("listening at http://%s:%d/retrieve", f"[{config.host}]" if ":" in config.host else config.host, port)
+    if config.host not in _LOOPBACK and not config.token_env:
+        logger.warning(
+            "%s can be reached from other machines and no token is asked for: anyone there can search; pass "
+            "--token_env, or --host 127.0.0.1",
+            config.host,
+        )
+
+
+def _serve_by_workers(config: ServerConfig, options: EngineOptions, reserved: socket.socket) -> None:
+    """Run worker processes; `reserved` keeps the port for them and takes no connection itself."""
+    port = reserved.getsockname()[1]
+    if options.threads is None:
+        options = replace(options, threads=max(1, len(os.sched_getaffinity(0)) // config.workers))
+    options = replace(options, web_rate=options.web_rate / config.workers)
+    pool = WorkerPool(_work, (replace(config, port=port), options), config.workers, config.stop_timeout_s)
+    for stop in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stop, lambda *_: pool.stop())
+    pool.run()
+
+
+def _work(ready: Callable[[], None], config: ServerConfig, options: EngineOptions) -> None:
+    """Be a worker."""
+    set_up_logging()
+    try:
+        listener = join(config.host, config.port)
+        serve(partial(open_engine, options), config, listener, listen_while_loading=False, on_ready=ready)
+    except SearchAgentError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)
 
 
 if __name__ == "__main__":

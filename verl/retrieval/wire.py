@@ -3,19 +3,23 @@
 The published one, which s3 and Search-R1 clients speak: `POST /retrieve {"queries": [str], "topk"?: int,
 "return_scores"?: bool}` is answered by `{"result": [[{"document": {...}, "score": float}]]}`, or by bare documents
 `{"result": [[{...}]]}` when `return_scores` is false. A document has `id`, `contents` (quoted title, newline, text),
-`title` and `text`. Errors are ours: a status of 4xx or 5xx and `{"error": {"code", "message", "query_index"?}}`.
+`title` and `text`. Errors are ours: a status of 4xx or 5xx and `{"error": {"code", "message", "query_index"?}}`; where
+the engine fails for some of the queries, also `"query_errors": [{"query_index", "message"}]` with all of those.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-from verl.errors import RetrieverError, SearchAgentError
+import orjson
+
+from verl.errors import ConfigError, RetrieverError, SearchAgentError
 from verl.types import Document, SearchResult
 
 
@@ -27,11 +31,20 @@ class RequestLimits:
         max_body_bytes: size of the body.
         max_queries: queries of a request.
         max_query_chars: characters of a query.
+        max_topk: documents of a query, whatever the engine could give.
+        max_documents: `topk` times the number of queries; bounds the size of an answer.
     """
 
     max_body_bytes: int = 8 * 1024 * 1024
     max_queries: int = 1024
     max_query_chars: int = 4096
+    max_topk: int = 4096
+    max_documents: int = 32768
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            if getattr(self, item.name) < 1:
+                raise ConfigError(f"server {item.name}={getattr(self, item.name)}; expected at least 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,47 +56,110 @@ class RetrieveRequest:
     return_scores: bool = False
 
 
+_KEYS = tuple(item.name for item in fields(RetrieveRequest))
+
+
 class RefusedRequest(SearchAgentError):
-    """A request that breaks the contract; answered with `status` and the JSON of `error_body`.
+    """A request that is not answered as asked; it gets `status` and the JSON of `error_body`.
 
     Attributes:
         query_index: position of the query at fault, None when it is not one query's fault.
+        retry_after_s: seconds after which the same request may succeed, None when it cannot.
+        query_errors: all queries at fault and their reasons, where several may be.
     """
 
-    def __init__(self, status: int, code: str, message: str, query_index: int | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        query_index: int | None = None,
+        retry_after_s: int | None = None,
+        query_errors: Mapping[int, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.query_index = query_index
+        self.retry_after_s = retry_after_s
+        self.query_errors = query_errors
 
 
-def error_body(code: str, message: str, query_index: int | None = None) -> dict[str, Any]:
+def error_body(refused: RefusedRequest) -> dict[str, Any]:
     """Return the JSON object that goes with an error status."""
-    error: dict[str, Any] = {"code": code, "message": message}
-    if query_index is not None:
-        error["query_index"] = query_index
+    error: dict[str, Any] = {"code": refused.code, "message": str(refused)}
+    if refused.query_index is not None:
+        error["query_index"] = refused.query_index
+    if refused.query_errors is not None:
+        errors = refused.query_errors.items()
+        error["query_errors"] = [{"query_index": at, "message": message} for at, message in errors]
     return {"error": error}
 
 
-def parse_request(body: bytes, limits: RequestLimits, default_topk: int, documents: int) -> RetrieveRequest:
+class Rendered(NamedTuple):
+    """One query's result as it is sent: each document and each score a piece of JSON, best first."""
+
+    documents: tuple[bytes, ...]
+    scores: tuple[bytes, ...]
+
+    def head(self, topk: int) -> Rendered:
+        """Return the best `topk`."""
+        return self if topk >= len(self.documents) else Rendered(self.documents[:topk], self.scores[:topk])
+
+
+def render(result: SearchResult) -> Rendered:
+    """Turn a result into JSON once, for every request that wants it.
+
+    Raises:
+        RetrieverError: a score is not finite, or a text holds an unpaired surrogate; JSON has neither.
+    """
+    if not math.isfinite(math.fsum(map(abs, result.scores))):
+        raise RetrieverError(f"query {_shown(result.query)}: the engine gave scores that are not finite")
+    try:
+        documents = tuple(_exact(orjson.dumps(_fields(document))) for document in result.documents)
+    except TypeError as error:
+        raise RetrieverError(f"query {_shown(result.query)}: a document cannot be sent ({error})") from error
+    scores = orjson.dumps(result.scores)[1:-1].split(b",") if result.scores else ()
+    return Rendered(documents, tuple(scores))
+
+
+def _fields(document: Document) -> dict[str, str]:
+    return {"id": document.id, "contents": document.contents, "title": document.title, "text": document.text}
+
+
+def _exact(made: bytes) -> bytes:
+    """Copy what orjson made: it leaves its whole buffer, several times as large, to what may be kept for long."""
+    return bytes(memoryview(made))
+
+
+def parse_request(body: bytes, limits: RequestLimits, default_topk: int, max_topk: int, extent: str) -> RetrieveRequest:
     """Read the body of `POST /retrieve`.
 
     Args:
         default_topk: used when the request names none.
-        documents: size of the corpus, the largest `topk`.
+        max_topk: the largest `topk` of the engine.
+        extent: what sets `max_topk`, for messages: "the corpus's 8 documents".
 
     Raises:
         RefusedRequest: with status 400 when the body is no JSON object, else 422.
     """
-    fields_ = _json_object(body)
+    fields_ = _request_fields(body)
     _check_keys(fields_)
     queries = _queries(fields_.get("queries"), "queries" in fields_, limits)
     topk = fields_.get("topk")
     topk = default_topk if topk is None else topk
+    if isinstance(topk, float) and topk.is_integer():  # JSON does not tell 2.0 from 2
+        topk = int(topk)
     if isinstance(topk, bool) or not isinstance(topk, int) or topk < 1:
         raise _invalid("topk", f"topk is {_shown(topk)}; expected an integer of at least 1")
-    if topk > documents:
-        raise _invalid("topk", f"topk={_shown(topk)} exceeds the corpus's {documents} documents; lower topk")
+    if topk > max_topk:
+        raise _invalid("topk", f"topk={_shown(topk)} exceeds {extent}; lower topk")
+    if topk > limits.max_topk or topk * len(queries) > limits.max_documents:
+        raise _invalid(
+            "topk",
+            f"topk={topk} for {len(queries)} queries; expected at most {limits.max_topk} for a query and "
+            f"{limits.max_documents} documents for a request, so lower topk or send several requests",
+        )
     return_scores = fields_.get("return_scores", False)
     if not isinstance(return_scores, bool):
         raise _invalid("return_scores", f"return_scores is {_shown(return_scores)}; expected true or false")
@@ -107,14 +183,12 @@ def query_fault(query: Any, max_chars: int) -> tuple[str, str] | None:
 
 def request_body(request: RetrieveRequest) -> bytes:
     """Return the body that a client sends."""
-    return json.dumps(
-        {"queries": request.queries, "topk": request.topk, "return_scores": request.return_scores}
-    ).encode()
+    return orjson.dumps({"queries": request.queries, "topk": request.topk, "return_scores": request.return_scores})
 
 
-def response_body(results: Sequence[SearchResult], return_scores: bool) -> bytes:
+def response_body(results: Sequence[Rendered], return_scores: bool) -> bytes:
     """Return the body that the server answers with."""
-    return json.dumps({"result": [_hits(result, return_scores) for result in results]}, ensure_ascii=False).encode()
+    return b'{"result":[%b]}' % b",".join([_hits(result, return_scores) for result in results])
 
 
 def parse_response(body: bytes, queries: Sequence[str], topk: int) -> list[SearchResult]:
@@ -125,15 +199,33 @@ def parse_response(body: bytes, queries: Sequence[str], topk: int) -> list[Searc
     Raises:
         RetrieverError: the answer is not what the contract says; the message is the reason.
     """
-    try:
-        answer = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise RetrieverError(f"the answer is not JSON ({error}); expected an object with result") from error
+    answer = _answer(body)
     rows = answer.get("result") if isinstance(answer, dict) else None
     if not isinstance(rows, list) or len(rows) != len(queries):
         found = f"{len(rows)} results" if isinstance(rows, list) else f"result={_shown(rows)}"
         raise RetrieverError(f"the answer has {found}; expected a list of {len(queries)}, one for each query")
     return [_search_result(query, hits, topk) for query, hits in zip(queries, rows, strict=True)]
+
+
+def _answer(body: bytes) -> Any:
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        pass  # other servers send NaN, for example; what is wrong with that is said where it stands
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise RetrieverError(f"the answer is not JSON ({error}); expected an object with result") from error
+
+
+def _request_fields(body: bytes) -> dict[str, Any]:
+    """Read the JSON object: fast where it looks right, else again with a parser that says what is wrong."""
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return _json_object(body)
+    # A float may be an integer that was too large for the fast parser.
+    return value if type(value) is dict and type(value.get("topk")) is not float else _json_object(body)
 
 
 def _json_object(body: bytes) -> dict[str, Any]:
@@ -157,11 +249,11 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _check_keys(received: dict[str, Any]) -> None:
-    known = [item.name for item in fields(RetrieveRequest)]
     for key in received:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(known)}"
+        if key not in _KEYS:
+            # Comparing takes time that grows with the key, and a body may be one long key.
+            near = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.4) if len(key) <= 64 else []
+            hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(_KEYS)}"
             raise _invalid("unknown_key", f"unknown key {_shown(key)}; {hint}")
 
 
@@ -196,13 +288,11 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _hits(result: SearchResult, return_scores: bool) -> list[dict[str, Any]]:
-    documents = [
-        {"id": doc.id, "contents": doc.contents, "title": doc.title, "text": doc.text} for doc in result.documents
-    ]
+def _hits(result: Rendered, return_scores: bool) -> bytes:
     if not return_scores:
-        return documents
-    return [{"document": doc, "score": score} for doc, score in zip(documents, result.scores, strict=True)]
+        return b"[%b]" % b",".join(result.documents)
+    pairs = zip(result.documents, result.scores, strict=True)
+    return b"[%b]" % b",".join([b'{"document":%b,"score":%b}' % pair for pair in pairs])
 
 
 def _search_result(query: str, hits: Any, topk: int) -> SearchResult:

@@ -16,6 +16,9 @@ baseline with documents; likelihood |
 | `valid_format` | 1 if the trajectory finished by itself without an invalid turn | | |
 | `invalid_turns` | -1 for each turn without an action | | |
 | `search_cost` | -cost for each answered search after the first free ones | `cost`, `free` | |
+| `retrieval_recall` | tier of the recall of target ids by one query (DeepRetrieval, family A) | `variant`, `grading`, \
+`topk`, `tiers`, `well_formed`, `malformed`, `miss`, `unreadable` | answers are ids |
+| `first_hit_rank` | tier of the rank of the first document with an answer (family B) | the same without `grading` | |
 
 The generator is asked for its answer only by rewards that read it (`gain` to `sub_span`). A weight of 0 measures a
 reward, which then shows among the parts, without paying it.
@@ -43,6 +46,7 @@ from verl.rewards.evidence import Answer, Evidence, Judge, Judging, Tools, faile
 from verl.rewards.form import SearchCost, invalid_turns, valid_format
 from verl.rewards.gain import Gain, GainVariant
 from verl.rewards.perplexity import PerplexityGain
+from verl.rewards.rank import FirstHitRank, RetrievalRecall
 from verl.rewards.recall import RecallOfGold, context_holds_answer
 from verl.rewards.seper import SemanticPerplexity
 from verl.typed import Decoder, nearest
@@ -78,6 +82,8 @@ REWARDS: dict[str, Reward | type[Reward]] = {
     "valid_format": valid_format,
     "invalid_turns": invalid_turns,
     "search_cost": SearchCost,
+    "retrieval_recall": RetrievalRecall,
+    "first_hit_rank": FirstHitRank,
 }
 
 

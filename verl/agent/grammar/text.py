@@ -13,8 +13,9 @@ def clean_query(query: str) -> str:
 
 
 def unique_documents(documents: Iterable[Document]) -> tuple[Document, ...]:
-    """Return the documents in order, those with equal title and text once."""
+    """Return the documents in order, those with equal title and text once; those that are ids alone, by their id."""
     unique: dict[tuple[str, str], Document] = {}
     for document in documents:
-        unique.setdefault((document.title, document.text), document)
+        blank = not (document.title or document.text)
+        unique.setdefault((document.id, "") if blank else (document.title, document.text), document)
     return tuple(unique.values())

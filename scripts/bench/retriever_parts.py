@@ -1,0 +1,125 @@
+"""What the retriever benchmarks share: a synthetic corpus, and processes that are bound to one CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+_SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
+_WORDS = """
+water city river war king film music year state house school church company party island mountain road bridge
+world team season game player book song album story village county district family government army battle ship
+station train language science art history law court market food plant animal bird fish tree light sound
+"""
+_START_S = 600.0
+
+
+def write_world(path: Path, documents: int, queries: int, rare_words: int, rng: random.Random) -> tuple[str, ...]:
+    """Write passages of 40 to 100 words with Zipf-like frequencies; return queries of 8 words taken from them.
+
+    Args:
+        rare_words: made-up words besides the common ones; a real corpus has many, an encoder reads each as several
+            tokens.
+    """
+    rare = ["".join(rng.choices(_SYLLABLES, k=rng.randint(2, 4))) for _ in range(rare_words)]
+    words = [*_WORDS.split(), *rare]
+    weights = [1 / (rank + 10) for rank in range(len(words))]
+    asked: dict[str, None] = {}
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(documents):
+            passage = rng.choices(words, weights, k=rng.randint(40, 100))
+            contents = f'"{" ".join(passage[:2])}"\n{" ".join(passage[2:])}'
+            file.write(json.dumps({"id": str(number), "contents": contents}) + "\n")
+            if len(asked) < queries:
+                asked[" ".join(rng.sample(passage, 8))] = None
+    while len(asked) < queries:
+        asked[" ".join(rng.choices(words, weights, k=8))] = None
+    return tuple(asked)
+
+
+class Process:
+    """A process of Python's, bound to one CPU if one is given.
+
+    Attributes:
+        port: where it listens, if it does.
+    """
+
+    port = 0
+
+    def __init__(self, arguments: Sequence[str], cpu: int | None, **options: Any) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, *map(str, arguments)]
+        cpus = {cpu} if cpu is not None else os.sched_getaffinity(0)
+        self.popen = subprocess.Popen(
+            command, env=environment, preexec_fn=lambda: os.sched_setaffinity(0, cpus), **options
+        )
+
+    def cpu_seconds(self) -> float:
+        """Return the CPU time it has used."""
+        fields = Path(f"/proc/{self.popen.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def stop(self) -> None:
+        """End it."""
+        self.popen.terminate()
+        self.popen.wait()
+
+
+class Bare(Process):
+    """The engine and the library in a process of their own."""
+
+    def __init__(self, retriever: str, folder: Path, corpus: Path, topk: int, cpu: int) -> None:
+        arguments = [HERE / "retriever_bare.py", retriever, folder, corpus, topk]
+        quiet = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        super().__init__(list(map(str, arguments)), cpu, **quiet)
+        if self.popen.stdout.readline() != "ready\n":
+            raise SystemExit(f"{retriever}: the engine did not open")
+
+    def ask(self, way: str, queries: Sequence[str], batch: int) -> dict[str, Any]:
+        """Search in batches; return `seconds` and `hits`."""
+        self.popen.stdin.write(json.dumps({"way": way, "queries": list(queries), "batch": batch}) + "\n")
+        self.popen.stdin.flush()
+        return json.loads(self.popen.stdout.readline())
+
+
+@contextmanager
+def server(arguments: Sequence[object], port: int, cpu: int | None = None) -> Iterator[Process]:
+    """Run a server, whose port is added to the arguments, and wait until it is well."""
+    process = Process([*map(str, arguments), "--port", str(port)], cpu, stderr=subprocess.DEVNULL)
+    process.port = port
+    try:
+        deadline = time.monotonic() + _START_S
+        while not _well(port):
+            if process.popen.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"{arguments[0]} did not start")
+            time.sleep(0.2)
+        yield process
+    finally:
+        process.stop()
+
+
+def _well(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+def ask(job: dict[str, Any], cpu: int) -> dict[str, Any]:
+    """Run a job of `retriever_load.py` on another CPU."""
+    load = Process([str(HERE / "retriever_load.py")], cpu, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    output, _ = load.popen.communicate(json.dumps(job))
+    if load.popen.returncode:
+        raise SystemExit("the load generator failed")
+    return json.loads(output)

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from verl.retrieval.exact import ExactSearch
+
+ROWS, WIDTH = 40_000, 8
+
+
+@pytest.fixture(scope="module")
+def vectors() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((ROWS, WIDTH)).astype(np.float32)
+
+
+@pytest.mark.parametrize("count", [1, 10, 300])
+@pytest.mark.parametrize("asked", [1, 15, 16, 40])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_best_rows_are_those_of_a_full_sort(vectors: np.ndarray, asked: int, count: int, threads: int) -> None:
+    queries = np.random.default_rng(1).standard_normal((asked, WIDTH)).astype(np.float32)
+    search = ExactSearch(vectors, threads)
+    rows, scores = search.search(queries, count)
+    search.close()
+    truth = queries.astype(np.float64) @ vectors.T.astype(np.float64)
+    assert rows.shape == scores.shape == (asked, count) and rows.dtype == np.int64 and scores.dtype == np.float32
+    assert np.array_equal(rows, np.argsort(-truth, axis=1, kind="stable")[:, :count])
+    np.testing.assert_allclose(scores, np.take_along_axis(truth, rows, axis=1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("asked", [2, 20])
+def test_read_only_and_half_precision_vectors_are_searched(vectors: np.ndarray, asked: int) -> None:
+    half = vectors.astype(np.float16)
+    half.flags.writeable = False
+    queries = vectors[:asked]
+    search = ExactSearch(half, threads=2)
+    rows, _ = search.search(queries, 5)
+    search.close()
+    truth = queries.astype(np.float64) @ half.T.astype(np.float64)
+    assert np.array_equal(rows, np.argsort(-truth, axis=1, kind="stable")[:, :5])
+
+
+@pytest.mark.parametrize("asked", [3, 30])
+def test_all_rows_can_be_asked_for(asked: int) -> None:
+    few = np.arange(10, dtype=np.float32).reshape(5, 2)
+    search = ExactSearch(few, threads=8)
+    rows, scores = search.search(np.ones((asked, 2), np.float32), 5)
+    search.close()
+    assert rows.tolist() == [[4, 3, 2, 1, 0]] * asked
+    assert scores.tolist() == [[17.0, 13.0, 9.0, 5.0, 1.0]] * asked

@@ -1,0 +1,1 @@
+"""Search engines of others, which DeepRetrieval's policies write queries for."""

@@ -1,0 +1,211 @@
+"""From options to an engine: opens corpus and indexes, fuses them, puts a rerank stage on top, or searches the web."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from verl.errors import ConfigError
+from verl.retrieval.corpus import Corpus, OnError
+from verl.retrieval.encoder_spec import ENCODERS, EncoderConfig, Precision, read_overrides
+from verl.retrieval.engine import INFO_NAME, Engine, IndexInfo, check_info, open_index
+from verl.retrieval.replay import ReplayMode
+from verl.retrieval.search_config import SearchConfig
+from verl.retrieval.settings import RETRIEVERS, LuceneSearch, OnSyntaxError, QuerySyntax
+
+if TYPE_CHECKING:
+    from verl.retrieval.rerank import CrossEncoderReranker
+
+HYBRID = "hybrid"
+WEB = ("serper", "serpapi", "google_cse")
+NAMES = (*RETRIEVERS, HYBRID, *WEB)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Which engine is opened.
+
+    Attributes:
+        retriever_name: an index's retriever, `hybrid`, or a web service.
+        index_path: the index; several for `hybrid`, none for the web.
+        corpus_path: what was indexed; None for the web.
+        corpus_cache: folder of the converted corpus, beside the corpus when None.
+        on_error: what to do about a malformed line of the corpus.
+        threads: CPU threads of a search, what the process may use when None.
+        retriever_model: encoder in place of the index's own.
+        encoder_spec: what else differs from it; see `verl.retrieval.encoder_spec.read_overrides`.
+        device: torch device of the encoder, a GPU if there is one when None.
+        dtype: in which numbers the encoder computes.
+        nprobe: see `verl.retrieval.search_config.SearchConfig`, as for the next two.
+        ef_search: as above.
+        faiss_gpu: as above.
+        query_syntax: of a Lucene index, that of the index when None.
+        on_syntax_error: of a Lucene index, that of the index when None.
+        rrf_k: see `verl.retrieval.fusion`.
+        fusion_depth: documents of each index that are fused.
+        rerank_model: cross-encoder that orders the best documents anew, None for no such stage.
+        rerank_depth: how many it orders.
+        web_cache: file of kept answers.
+        web_cache_mode: see `verl.retrieval.replay.ReplayMode`.
+        web_rate: requests in a second, of all workers together.
+        web_pages: most pages of ten results that one query asks for.
+        web_base_url: another host that speaks the service's format.
+    """
+
+    retriever_name: str
+    index_path: tuple[Path, ...] = ()
+    corpus_path: Path | None = None
+    corpus_cache: Path | None = None
+    on_error: OnError = "raise"
+    threads: int | None = None
+    retriever_model: str | None = None
+    encoder_spec: tuple[str, ...] = ()
+    device: str | None = None
+    dtype: Precision = "auto"
+    nprobe: int | None = None
+    ef_search: int | None = None
+    faiss_gpu: bool = False
+    query_syntax: QuerySyntax | None = None
+    on_syntax_error: OnSyntaxError | None = None
+    rrf_k: int = 60
+    fusion_depth: int = 100
+    rerank_model: str | None = None
+    rerank_depth: int = 50
+    web_cache: Path | None = None
+    web_cache_mode: ReplayMode = "off"
+    web_rate: float = 5.0
+    web_pages: int = 1
+    web_base_url: str | None = None
+
+    def __post_init__(self) -> None:
+        name, count = self.retriever_name, len(self.index_path)
+        if name not in NAMES:
+            raise ConfigError(f"retriever_name={name!r} is unknown; expected one of {', '.join(NAMES)}")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"threads={self.threads}; expected at least 1, or none given to use what the process may")
+        if name in WEB and (count or self.corpus_path):
+            raise ConfigError(f"retriever_name={name} searches the web; leave --index_path and --corpus_path out")
+        if name not in (*WEB, "lucene") and self.corpus_path is None:
+            raise ConfigError(f"retriever_name={name} needs --corpus_path, the corpus that was indexed")
+        if name == HYBRID and count < 2:
+            raise ConfigError(f"retriever_name=hybrid came with {count} --index_path; expected at least two")
+        if name in RETRIEVERS and count != 1:
+            raise ConfigError(f"retriever_name={name} came with {count} --index_path; expected one")
+        for option, known in (("on_error", OnError), ("web_cache_mode", ReplayMode)):
+            if getattr(self, option) not in get_args(known):
+                choices = ", ".join(get_args(known))
+                raise ConfigError(f"{option}={getattr(self, option)!r}; expected one of {choices}")
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An engine that can be searched.
+
+    Attributes:
+        cacheable: whether its results stay true, so that they may be kept.
+        reranker: what `POST /rerank` uses, None where there is no rerank stage.
+    """
+
+    engine: Engine
+    cacheable: bool = True
+    reranker: CrossEncoderReranker | None = None
+
+
+def open_engine(options: EngineOptions) -> Opened:
+    """Open what the options say.
+
+    Raises:
+        ConfigError: an option does not fit the index, or a model, a key or a device is missing.
+        DataError: the corpus or an index is missing or damaged, or they do not belong together.
+    """
+    web = options.retriever_name in WEB
+    opened = Opened(_web(options) if web else _local(options), not web or options.web_cache_mode == "replay")
+    if options.rerank_model is None:
+        return opened
+    with ExitStack() as stack:
+        stack.callback(opened.engine.close)
+        reranking = _reranking(opened, options, options.rerank_model)
+        stack.pop_all()
+    return reranking
+
+
+# The modules below are imported where they are used: each brings libraries that take seconds, and no server needs all.
+
+
+def _local(options: EngineOptions) -> Engine:
+    path, corpus = options.corpus_path, None
+    if path is not None:
+        corpus = Corpus.open(path, options.corpus_cache, options.on_error)
+    if options.retriever_name != HYBRID:
+        return _index(options, options.index_path[0], options.retriever_name, options.retriever_model, corpus)
+    from verl.retrieval.fusion import HybridEngine
+
+    parts = [partial(_index, options, path, name, model, corpus) for path, name, model in _parts(options)]
+    return HybridEngine.open(parts, k=options.rrf_k, depth=options.fusion_depth)
+
+
+def _parts(options: EngineOptions) -> list[tuple[Path, str, str | None]]:
+    """Return path, retriever and encoder of each index; the retriever stands in the index itself."""
+    names = [IndexInfo.load(_folder(path)).retriever for path in options.index_path]
+    dense = [name for name in names if name in ENCODERS]
+    if options.retriever_model is not None and len(dense) != 1:
+        raise ConfigError(
+            f"retriever_model={options.retriever_model!r} came with {len(dense)} indexes that have an encoder; "
+            "expected one such index, or no --retriever_model"
+        )
+    models = [options.retriever_model if name in ENCODERS else None for name in names]
+    return list(zip(options.index_path, names, models, strict=True))
+
+
+def _folder(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
+def _index(options: EngineOptions, path: Path, name: str, model: str | None, corpus: Corpus | None) -> Engine:
+    if name == "lucene":
+        return _lucene(options, path, corpus)
+    assert corpus is not None  # the options were checked
+    search = SearchConfig(options.nprobe, options.ef_search, options.faiss_gpu)
+    encoder = EncoderConfig(options.device, dtype=options.dtype)
+    overrides = read_overrides(options.encoder_spec)
+    return open_index(path, corpus, name, model, options.threads, search, encoder, overrides)
+
+
+def _lucene(options: EngineOptions, path: Path, corpus: Corpus | None) -> Engine:
+    from verl.retrieval import lucene
+
+    folder = _folder(path)
+    info = IndexInfo.load(folder) if (folder / INFO_NAME).exists() else lucene.describe(folder, corpus)
+    if corpus is not None:
+        check_info(info, path, corpus, "lucene")
+    elif info.retriever != "lucene":
+        raise ConfigError(
+            f"index {path} was built for retriever {info.retriever!r}; pass --retriever_name {info.retriever}"
+        )
+    search = LuceneSearch(query_syntax=options.query_syntax, on_syntax_error=options.on_syntax_error)
+    return lucene.open_engine(folder, corpus, info, search, options.threads)
+
+
+def _web(options: EngineOptions) -> Engine:
+    from verl.retrieval import web
+    from verl.retrieval.web_http import FetchConfig
+
+    config = web.WebConfig(
+        provider=options.retriever_name,
+        base_url=options.web_base_url,
+        pages=options.web_pages,
+        cache=options.web_cache,
+        cache_mode=options.web_cache_mode,
+        http=FetchConfig(rate=options.web_rate),
+    )
+    return web.open_engine(config)
+
+
+def _reranking(opened: Opened, options: EngineOptions, model: str) -> Opened:
+    from verl.retrieval.rerank import CrossEncoderReranker, RerankEngine
+
+    reranker = CrossEncoderReranker(model, options.device)
+    return Opened(RerankEngine(opened.engine, reranker, depth=options.rerank_depth), opened.cacheable, reranker)
