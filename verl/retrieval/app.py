@@ -171,7 +171,7 @@ async def _on_refused(_: Request, error: Exception) -> Response:
 async def _on_http_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         raise error
-    expected = "expected POST /retrieve (or /rerank, where a reranker runs) or GET /health, /ready, /info or /metrics"
+    expected = "expected POST /retrieve or GET /health, /ready, /info or /metrics"
     message = f"{request.method} {request.url.path}: {error.detail}; {expected}"
     return JSONResponse(
         error_body(RefusedRequest(error.status_code, "http", message)), error.status_code, error.headers
