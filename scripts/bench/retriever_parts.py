@@ -116,8 +116,8 @@ def _well(port: int) -> bool:
         return False
 
 
-def ask(job: dict[str, Any], cpu: int) -> dict[str, Any]:
-    """Run a job of `retriever_load.py` on another CPU."""
+def ask(job: dict[str, Any], cpu: int | None = None) -> dict[str, Any]:
+    """Run a job of `retriever_load.py`, on a CPU of its own if one is given."""
     load = Process([str(HERE / "retriever_load.py")], cpu, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     output, _ = load.popen.communicate(json.dumps(job))
     if load.popen.returncode:

@@ -93,7 +93,7 @@ def test_one_report_compares_them_all(prepared: TrainingWorld, collected: Path, 
         "generator.max_prompt_tokens=900",
     ]
     out = {"CONTEXTS": str(collected), "OUTPUT": str(tmp_path)}
-    printed = script(prepared, "evaluation/run.sh", "baseline=rag", *generator, **out)
+    printed = script(prepared, "evaluation/run.sh", "against=rag", *generator, **out)
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report["methods"]) == {*AGENTS, "s3", "rag", "zero_shot", "cot"}
     assert all(name in printed for name in report["methods"])

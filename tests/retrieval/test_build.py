@@ -364,3 +364,16 @@ def test_the_engine_analyses_queries_as_the_index_was_built(corpus: Corpus, tmp_
     build_index(corpus, "bm25", target, BuildOptions(bm25=BM25Config(stemmer="none")))
     assert json.loads((target / "index.json").read_text("utf-8"))["settings"]["stemmer"] == "none"
     assert open_index(target, corpus, "bm25").search(["rivers"], 1)[0].documents == ()
+
+
+def test_the_script_passes_its_variables_and_arguments_on() -> None:
+    script = Path(__file__).resolve().parents[2] / "scripts" / "index_build" / "build_index.sh"
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": "echo", "CORPUS_PATH": "a corpus", "SAVE_DIR": "an index"}
+    done = subprocess.run(
+        ["bash", str(script), "--nlist", "7"], env=environment, capture_output=True, text=True, check=True
+    )
+    expected = "-m verl.retrieval.build --retriever_name e5 --corpus_path a corpus --save_dir an index --nlist 7\n"
+    assert done.stdout == expected
+    del environment["SAVE_DIR"]
+    failed = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True)
+    assert failed.returncode != 0 and "SAVE_DIR: set it to the folder" in failed.stderr

@@ -306,7 +306,7 @@ def test_an_index_json_of_an_earlier_version_is_read(folder: Path, corpus: Corpu
     assert len(open_index(folder, corpus, "e5", encoder=CPU).search(["river"], 3)[0].documents) == 3
 
 
-@pytest.mark.parametrize("kind", ["SQ8", "HNSW"])
+@pytest.mark.parametrize("kind", ["SQ8", "SQfp16", "HNSW"])
 def test_kinds_that_gpus_cannot_search_are_refused(
     words: Corpus, vectors: Path, tiny_bert: Path, tmp_path: Path, kind: str
 ) -> None:

@@ -11,7 +11,16 @@ import pytest
 import torch
 
 from verl.retrieval.dense import open_source
-from verl.retrieval.dense_search import Candidates, Hits, ListSource, Source, nearest, pair_scores, stored_vector
+from verl.retrieval.dense_search import (
+    Candidates,
+    GpuSource,
+    Hits,
+    ListSource,
+    Source,
+    nearest,
+    pair_scores,
+    stored_vector,
+)
 from verl.retrieval.index_file import read_index_file, write_index_file
 from verl.retrieval.index_kinds import EXACT_KINDS, KINDS, IndexConfig, lay_out
 
@@ -165,6 +174,18 @@ def test_rough_scores_stay_within_their_bound(open_kind: Open, queries: np.ndarr
             assert difference <= source.error * lengths
         start += len(part.rows)
     assert start == len(queries)
+
+
+@pytest.mark.parametrize("kind", ["Flat", "IVF-Flat", "IVF-SQ8", "IVF-PQ"])
+def test_candidates_of_a_copy_are_scored_by_the_vectors_of_the_index(
+    indexes: dict[str, Path], open_kind: Open, queries: np.ndarray, kind: str
+) -> None:
+    """The copy is one on the CPU here; `tests/gpu` has those on GPUs."""
+    index, copy = read_index_file(indexes[kind]), read_index_file(indexes[kind])
+    if kind != "Flat":
+        index.nprobe = copy.nprobe = 8
+    on_copy = [head(hits, 10) for hits in nearest(GpuSource(index, copy), queries, 10)]
+    assert on_copy == [head(hits, 10) for hits in nearest(open_kind(kind), queries, 10)]
 
 
 class NoisySource:

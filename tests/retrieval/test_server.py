@@ -154,7 +154,7 @@ async def test_another_path_or_method_is_answered_in_json(
 ) -> None:
     answer = await http.request(method, path)
     assert answer.status_code == status
-    assert "expected POST /retrieve or GET /health, /ready, /info" in answer.json()["error"]["message"]
+    assert "or GET /health, /ready, /info or /metrics" in answer.json()["error"]["message"]
 
 
 async def test_a_body_is_not_read_beyond_its_limit(http: httpx.AsyncClient) -> None:

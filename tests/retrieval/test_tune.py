@@ -186,6 +186,29 @@ def test_a_target_out_of_reach_is_an_error_and_writes_nothing(
     assert "holds no index.json; write it with `python -m verl.retrieval.build import`" in capsys.readouterr().err
 
 
+def test_an_index_is_tuned_as_it_is_built_and_once_only(
+    corpus: Corpus, folder: Path, tiny_bert: Path, tmp_path: Path
+) -> None:
+    def built(recall: float | None) -> tuple[float, int] | None:
+        options = BuildOptions(
+            model=str(tiny_bert),
+            encoder=CPU,
+            index=IndexConfig("IVF-Flat", nlist=8),
+            embedding_path=folder.with_name("index.vectors") / "vectors.memmap",
+            target_recall=recall,
+        )
+        info = build_index(corpus, "e5", tmp_path / "tuned", options)
+        found = Tuning.load(tmp_path / "tuned", info.files["e5_IVF-Flat.index"])
+        return None if found is None else (found.target_recall, (tmp_path / "tuned" / "tune.json").stat().st_ino)
+
+    assert built(None) is None
+    first = built(0.9)
+    assert first is not None and first[0] == 0.9, "an index that was there is tuned when that is asked for"
+    assert built(0.9) == first and built(None) == first
+    second = built(0.95)
+    assert second is not None and second[0] == 0.95
+
+
 def test_a_tuning_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     tuning = Tuning("1:x", "nprobe", 3, 10, 0.97, 0.95, 100, 1e3, "vectors")
     with pytest.raises(DataError, match=r"cannot write .*tune.json"):

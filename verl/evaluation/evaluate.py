@@ -1,7 +1,7 @@
 """Score collected contexts with one frozen generator, and write one report over all methods.
 
     python -m verl.evaluation.evaluate output=outputs/report contexts.naive_rag=outputs/contexts/naive_rag \\
-        contexts.s3=outputs/contexts/s3 baseline=naive_rag generator.base_url=http://127.0.0.1:8000/v1
+        contexts.s3=outputs/contexts/s3 against=naive_rag generator.base_url=http://127.0.0.1:8000/v1
 
 Written are `report.json` and `report.md`, one jsonl of scored questions a method (`scores/`), and the results in the
 published layout (`results/`).
@@ -49,7 +49,7 @@ class EvaluateConfig:
             asked without documents, whatever the method found.
         topk: the generator gets the first so many documents of every context; None gives it all.
         ablate: for every method with a trace of turns, further rows with its documents put together differently.
-        baseline: the method that every other one is compared with, question by question.
+        against: the method that every other one is compared with, question by question.
         controls: folders that `s3 controls` wrote, by method; their tables go into the report.
         seed: written to the report; of the run that is evaluated.
         judge: let a model judge answers that match no gold literally.
@@ -61,7 +61,7 @@ class EvaluateConfig:
     prompts: Mapping[str, PromptName] = field(default_factory=dict)
     topk: int | None = None
     ablate: tuple[Ablation, ...] = ()
-    baseline: str | None = None
+    against: str | None = None
     controls: Mapping[str, Path] = field(default_factory=dict)
     seed: int = 0
     judge: bool = False
@@ -74,7 +74,7 @@ class EvaluateConfig:
             raise ValueError("contexts is empty; name a folder for each method, contexts.naive_rag=PATH")
         if self.topk is not None and self.topk < 1:
             raise ValueError(f"topk={self.topk}; expected at least 1, or null for all documents")
-        asked = [*self.prompts, *self.controls, *([self.baseline] if self.baseline else [])]
+        asked = [*self.prompts, *self.controls, *([self.against] if self.against else [])]
         for name in asked:
             if name not in self.contexts:
                 near = nearest(name, list(self.contexts))
@@ -175,11 +175,11 @@ async def run(config: EvaluateConfig) -> dict[str, Any]:
             report = await score_method(name, contexts, config.output, answer, judge, config.scoring)
             methods[name] = figures(report, contexts, seconds + time.perf_counter() - started)
             rows[name] = report.rows
-    if config.baseline:
-        for name in methods.keys() - {config.baseline}:
-            compared = compare(rows[name], rows[config.baseline], config.scoring)
+    if config.against:
+        for name in methods.keys() - {config.against}:
+            compared = compare(rows[name], rows[config.against], config.scoring)
             methods[name]["against_baseline"] = asdict(compared)
-    extra: dict[str, Any] = {"baseline": config.baseline} if config.baseline else {}
+    extra: dict[str, Any] = {"baseline": config.against} if config.against else {}
     if config.controls:
         extra["controls"] = {name: controls_summary(folder) for name, folder in config.controls.items()}
     return write_report(config.output, methods, config.seed, extra)

@@ -46,8 +46,8 @@ class Builder(Protocol):
         """Writes the files of the index into a folder."""
         ...
 
-    def finish(self) -> None:
-        """Do what remains once the index is in its place."""
+    def finish(self, built: bool) -> None:
+        """Do what remains once the index is in its place; `built` says that it was not there before."""
         ...
 
 
@@ -70,7 +70,8 @@ def build_index(
     _check_target(target)
     builder = _builder(corpus, retriever_name, options, target)
     if _is_built(target, builder.planned, options.overwrite):
-        logger.info("%s already holds this index; nothing to do", target)
+        logger.info("%s already holds this index", target)
+        builder.finish(built=False)
         return IndexInfo.load(target)
     try:
         with workplace(target) as folder:
@@ -82,7 +83,7 @@ def build_index(
     except OSError as error:
         raise DataError(f"cannot write index {target} ({error}); free some space or pass another --save_dir") from error
     logger.info("built %s over %d documents in %s", retriever_name, info.documents, target)
-    builder.finish()
+    builder.finish(built=True)
     return info
 
 
@@ -155,7 +156,7 @@ class _WordBuilder:
     planned: IndexInfo
     write: Callable[[Path], IndexInfo]
 
-    def finish(self) -> None:
+    def finish(self, built: bool) -> None:
         pass
 
 

@@ -56,10 +56,12 @@ class DenseEngine:
         self.corpus = corpus
         self._source = source
         self._encoder = encoder
+        self._threads = faiss.omp_get_max_threads()
 
     def search(self, queries: Sequence[str], topk: int) -> list[SearchResult | RetrieverError]:
         """See `verl.retrieval.engine.Engine.search`; an error stands for a query that cannot be encoded."""
         check_topk(topk, self.info)
+        faiss.omp_set_num_threads(self._threads)  # it holds for the thread that says so, which need not be this one
         try:
             hits = nearest(self._source, self._encoder.encode_queries(queries), topk) if queries else []
         except RetrieverError as error:  # one of them cannot be encoded: the others can

@@ -17,8 +17,9 @@ from verl.retrieval.engine import IndexInfo
 from verl.retrieval.file_mark import file_mark
 from verl.retrieval.index_file import read_index_file, write_index_file
 from verl.retrieval.index_kinds import IndexLayout, lay_out
+from verl.retrieval.search_config import Tuning
 from verl.retrieval.tune import TuneConfig, sample_queries, tune
-from verl.retrieval.vectors import encode_corpus, open_embeddings
+from verl.retrieval.vectors import INFO_NAME, encode_corpus, open_embeddings
 
 _MARGIN = 1.02
 """Room for what an index holds besides the codes that its layout counts."""
@@ -63,19 +64,30 @@ class DenseBuilder:
             raise DataError(f"index {path} was written with {found} vectors, expected {len(self._corpus)}; report this")
         return replace(self.planned, files={path.name: file_mark(path)})
 
-    def finish(self) -> None:
+    def finish(self, built: bool) -> None:
         """Tune the index where it lies now, if that was asked for, and remove the vectors unless they are to be kept.
 
         Raises:
             DataError: no search parameter reaches the recall that was asked for; index and vectors stay.
         """
-        if self._options.target_recall is not None:
-            config = TuneConfig(target_recall=self._options.target_recall)
+        recall = self._options.target_recall
+        if recall is not None and not self._is_tuned(recall):
+            config = TuneConfig(target_recall=recall)
             texts = sample_queries(self._corpus, config.sample, config.seed)
-            tune(self._target, self._corpus, self._encoder.encode_queries(texts), self._vectors, config)
+            tune(self._target, self._corpus, self._encoder.encode_queries(texts), self._known_vectors(), config)
         self._vectors = None
-        if not self._options.save_embedding and self._scratch.is_dir():
+        if built and not self._options.save_embedding and self._scratch.is_dir():
             shutil.rmtree(self._scratch)
+
+    def _is_tuned(self, recall: float) -> bool:
+        found = Tuning.load(self._target, next(iter(IndexInfo.load(self._target).files.values()), ""))
+        return found is not None and found.target_recall == recall
+
+    def _known_vectors(self) -> np.ndarray | None:
+        """Return the vectors where they need not be made first."""
+        if self._vectors is None and (self._options.embedding_path or (self._scratch / INFO_NAME).is_file()):
+            self._vectors = self._load_vectors()
+        return self._vectors
 
     def _load_vectors(self) -> np.ndarray:
         path = self._options.embedding_path

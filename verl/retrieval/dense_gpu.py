@@ -12,8 +12,8 @@ from verl.retrieval.index_file import reason
 
 logger = logging.getLogger(__name__)
 
-_KINDS = ("Flat", "SQfp16", "IVF-Flat", "IVF-SQ8", "IVF-PQ")
-"""What FAISS can copy to a GPU."""
+_KINDS = ("Flat", "IVF-Flat", "IVF-SQ8", "IVF-PQ")
+"""What FAISS can copy to one GPU as well as split over several."""
 
 
 def gpu_source(index: faiss.Index, kind: str) -> GpuSource:
@@ -23,8 +23,8 @@ def gpu_source(index: faiss.Index, kind: str) -> GpuSource:
         index: a mapped index, with its `nprobe` set.
 
     Raises:
-        ConfigError: a kind that FAISS has no GPU search for, a FAISS without GPU support, no GPU, or too little memory
-            on them.
+        ConfigError: a kind that FAISS has no GPU search for, a FAISS without GPU support, no GPU, or FAISS cannot put
+            the index there, for example for want of memory.
     """
     gpus = check_gpus(kind)
     options = faiss.GpuMultipleClonerOptions()
@@ -34,8 +34,8 @@ def gpu_source(index: faiss.Index, kind: str) -> GpuSource:
         copy = faiss.index_cpu_to_all_gpus(index, co=options)
     except RuntimeError as error:
         raise ConfigError(
-            f"faiss_gpu: the index does not fit {gpus} GPU(s) ({reason(error)}); free their memory, use more of them, "
-            "or build a smaller kind (`python -m verl.retrieval.build plan`)"
+            f"faiss_gpu: the index cannot be put on {gpus} GPU(s) ({reason(error)}); free their memory, use more of "
+            "them, or build another kind (`python -m verl.retrieval.build plan`)"
         ) from error
     logger.info("copied %d vectors to %d GPU(s) in half precision", index.ntotal, gpus)
     return GpuSource(index, copy)

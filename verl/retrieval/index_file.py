@@ -102,6 +102,9 @@ def read_index_file(path: Path) -> faiss.Index:
         index = faiss.read_index(str(path), _mapping_flags(path))
     except (RuntimeError, MemoryError) as error:
         raise DataError(f"index {path} is damaged ({reason(error)}); {remedy}") from error
+    if isinstance(index, faiss.IndexIVF):
+        # Threads that read ahead, started for every search, cost more than they gain where the lists are in memory.
+        faiss.downcast_InvertedLists(index.invlists).prefetch_nthread = 0
     if index.metric_type != faiss.METRIC_INNER_PRODUCT:
         raise DataError(
             f"index {path} has FAISS metric {index.metric_type}, expected {faiss.METRIC_INNER_PRODUCT} (inner product);"

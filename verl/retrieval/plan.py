@@ -88,7 +88,7 @@ def estimate(layout: IndexLayout, rates: Rates) -> Estimate:
     size = float(layout.index_bytes)
     streamed = layout.kind in ("Flat", "SQ8", "SQfp16")
     training = 4.0 * layout.train_rows * layout.width
-    gpu = {"Flat": size / 2, "SQfp16": size, "SQ8": None, "HNSW": None}.get(layout.kind, size)
+    gpu = {"Flat": size / 2, "SQfp16": None, "SQ8": None, "HNSW": None}.get(layout.kind, size)
     return Estimate(
         layout=layout,
         serve_ram=size + _PROCESS_BYTES,

@@ -42,7 +42,7 @@ class State(str, Enum):
 class SearchService:
     """Answers queries with one engine, which is called from one thread with the queries of many requests at once.
 
-    Belongs to one event loop. Give it an engine with `start`, or have it opened with `open`.
+    Belongs to one event loop. It answers from `start` on; `call` opens an engine in the thread that will search it.
     """
 
     def __init__(self, config: ServerConfig, metrics: ServiceMetrics | None = None) -> None:
@@ -110,11 +110,11 @@ class SearchService:
         """
         results: list[Rendered | Exception | None] = [self._known(query, topk) for query in queries]
         unknown = [at for at, result in enumerate(results) if result is None]
+        self._admit(len(unknown))
         self.metrics.queries.inc(len(queries))
         if len(unknown) < len(queries):
             self.metrics.cache_hits.labels("memory").inc(len(queries) - len(unknown))
         if unknown:
-            self._admit(len(unknown))
             answers = await self._batcher.gather([Job(queries[at], topk) for at in unknown])
             for at, answer in zip(unknown, answers, strict=True):
                 results[at] = answer
@@ -154,7 +154,7 @@ class SearchService:
 
     def _admit(self, queries: int) -> None:
         waiting, most = self._batcher.waiting, self.config.max_queued_queries
-        if waiting + queries <= most:
+        if not queries or waiting + queries <= most:
             return
         seconds = math.ceil(waiting / self._queries_per_s) if self._queries_per_s else 1
         raise RefusedRequest(
