@@ -183,6 +183,7 @@ SCRIPTS = [
 NEEDED = {
     "train.sh": ["s3_8_3_3"],
     "evaluate.sh": ["8-3-3"],
+    "run.sh": ["contexts.rag=outputs/contexts/rag"],
     "precompute.sh": ["questions=in.parquet", "output=out.parquet", "split=train"],
 }
 

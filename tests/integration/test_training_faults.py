@@ -152,7 +152,7 @@ class TestServices:
             assert ended() == 1
         message = capsys.readouterr().err
         assert f"generator at {world.generator.url}/v1 failed" in message
-        assert "Connection error" in message
+        assert "Connect" in message
         # The second run went on from the first one's checkpoint, through the step in which that had stopped.
         assert self.assert_whole(tmp_path) > stopped_at
 

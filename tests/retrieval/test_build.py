@@ -273,6 +273,24 @@ def test_vectors_of_something_else_are_only_replaced_when_told(
     assert IndexInfo.load(target).settings["encoder_pooling"] == "cls"
 
 
+def test_damaged_vectors_are_begun_anew_when_told(corpus: Corpus, dense: BuildOptions, tmp_path: Path) -> None:
+    scratch = tmp_path / "index.vectors"
+    scratch.mkdir()
+    (scratch / "vectors.json").write_text("{")
+    with pytest.raises(DataError, match=r"vectors.json cannot be read"):
+        build_index(corpus, "e5", tmp_path / "index", dense)
+    build_index(corpus, "e5", tmp_path / "index", replace(dense, overwrite=True))
+    assert sorted(path.name for path in tmp_path.glob("*index*")) == ["index"]
+
+
+def test_vectors_that_fit_are_never_begun_anew(corpus: Corpus, dense: BuildOptions, tmp_path: Path) -> None:
+    options = replace(dense, save_embedding=True, overwrite=True)
+    build_index(corpus, "e5", tmp_path / "index", options)
+    born = (tmp_path / "index.vectors" / "vectors.memmap").stat().st_mtime_ns
+    build_index(corpus, "e5", tmp_path / "index", replace(options, index=IndexConfig("SQ8")))
+    assert (tmp_path / "index.vectors" / "vectors.memmap").stat().st_mtime_ns == born
+
+
 def test_a_folder_of_downloads_is_not_deleted(corpus: Corpus, dense: BuildOptions, tmp_path: Path) -> None:
     target = tmp_path / "downloads"
     build_index(corpus, "e5", target, dense)

@@ -117,6 +117,15 @@ async def test_a_service_that_asks_for_more_time_than_there_is_is_given_up_at_on
             await client(["a"], 1)
 
 
+async def test_every_call_gets_an_attempt_however_long_the_service_rests() -> None:
+    service = Service(fail_first=1, failure=httpx.Response(503, headers={"Retry-After": "3600"}))
+    async with make_client(service, retry_window_s=0.05) as client:
+        with pytest.raises(RetrieverError, match="gave no answer"):
+            await client(["a"], 1)
+        async with asyncio.timeout(10):
+            assert (await client(["a"], 1))[0].query == "a"
+
+
 @pytest.mark.parametrize(
     ("value", "seconds"),
     [("7", 7.0), ("1.5", 1.5), ("", 0.0), ("soon", 0.0), ("-3", 0.0), ("nan", 0.0), ("inf", 0.0)],

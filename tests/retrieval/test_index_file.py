@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import resource
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import faiss
@@ -8,6 +11,8 @@ import numpy as np
 import pytest
 
 from verl.errors import DataError
+from verl.retrieval.dense import open_source
+from verl.retrieval.dense_search import nearest
 from verl.retrieval.file_mark import file_mark
 from verl.retrieval.index_file import kind_of, read_index_file, reason, trained_index, write_index_file
 from verl.retrieval.index_kinds import KINDS, IndexConfig, lay_out
@@ -95,6 +100,46 @@ def test_a_header_that_says_too_much_is_refused(files: dict[str, Path], tmp_path
         read_index_file(path)
 
 
+def test_no_damage_to_a_bare_file_ends_the_process(files: dict[str, Path], tmp_path: Path) -> None:
+    """In a process of its own, because a fault in native code would end this one."""
+    code = "import sys; from tests.retrieval.test_index_file import survive; survive(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, str(files["Flat"].parent), str(tmp_path / "damaged.index")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    refused, searched = map(int, done.stdout.split())
+    assert refused > 20 and searched > 20 and refused + searched == 40 * len(KINDS)
+
+
+def survive(folder: str, path: str) -> None:
+    """Overwrite a few bytes of each kind of index at random, mostly near its head, and search what can be opened."""
+    rng = np.random.default_rng(0)
+    refused = 0
+    for kind in KINDS:
+        whole = (Path(folder) / kind).read_bytes()
+        for number in range(40):
+            damaged = bytearray(whole)
+            at = int(rng.integers(4, len(whole) - 8 if number % 4 == 0 else 400))
+            damaged[at : at + 8] = rng.bytes(8)
+            Path(path).write_bytes(damaged)
+            try:
+                index = read_index_file(Path(path))
+                kind_of(index, Path(path))
+            except DataError:
+                refused += 1
+                continue
+            if (index.d, index.ntotal) == (WIDTH, ROWS):
+                search(index)
+    sys.stdout.write(f"{refused} {40 * len(KINDS) - refused}")
+
+
+def search(index: faiss.Index) -> None:
+    parameters = {"nprobe": min(4, index.nlist)} if isinstance(index, faiss.IndexIVF) else {}
+    source = open_source(index, {"ef_search": 32} if isinstance(index, faiss.IndexHNSW) else parameters)
+    for hits in nearest(source, np.eye(2, WIDTH, dtype=np.float32), 5):
+        assert set(hits.rows.tolist()) <= set(range(ROWS))
+    source.close()
+
+
 def test_what_is_no_inner_product_index_of_a_known_kind_is_refused(vectors: np.ndarray, tmp_path: Path) -> None:
     path = tmp_path / "other.index"
     faiss.write_index(faiss.index_factory(WIDTH, "Flat"), str(path))
@@ -117,6 +162,20 @@ def test_an_index_that_cannot_be_written_raises_oserror(vectors: np.ndarray, tmp
     for kind in ("Flat", "IVF-Flat"):
         with pytest.raises(OSError, match="nowhere"):
             write_index_file(lay_out(IndexConfig(kind), ROWS, WIDTH), vectors, tmp_path / "nowhere" / "x")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("missing", [1, 5000])
+def test_a_disk_that_is_full_at_any_point_raises_oserror(
+    vectors: np.ndarray, files: dict[str, Path], tmp_path: Path, kind: str, missing: int
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (files[kind].stat().st_size - missing, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large|the disk may be full"):
+            write_index_file(lay_out(IndexConfig(kind, **CONFIG), ROWS, WIDTH), vectors, tmp_path / "x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_faiss_error_is_told_without_its_c_signature() -> None:

@@ -105,9 +105,8 @@ def _is_built(target: Path, planned: IndexInfo, overwrite: bool) -> bool:
     found = IndexInfo.load(target)
     if found.same_as(planned):
         return True
-    changed = {
-        key for key in {*found.settings, *planned.settings} if found.settings.get(key) != planned.settings.get(key)
-    }
+    keys = sorted({*found.settings, *planned.settings})
+    changed = [key for key in keys if found.settings.get(key) != planned.settings.get(key)]
     there, asked = (
         f"{info.retriever}, model {info.model}, corpus {info.fingerprint[:12]}, "
         f"{ {key: info.settings.get(key) for key in changed} }"

@@ -192,7 +192,7 @@ class RetrieverClient:
         start, attempts, faults = time.monotonic(), 0, 0
         while True:
             endpoint, wait = self._pool.choose()
-            if wait:
+            if wait and (attempts or wait <= self.config.retry_window_s):  # every call gets one attempt
                 await asyncio.sleep(wait)
             attempts += 1
             try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,8 +24,6 @@ from verl.retrieval.index_kinds import IndexConfig
 from verl.retrieval.ranking import best_first
 from verl.retrieval.search_config import SearchConfig, Tuning, settle
 from verl.types import SearchResult
-
-logger = logging.getLogger(__name__)
 
 _CHECKED = 5
 """Documents, spread over the corpus, whose vectors are made again when an index is opened."""

@@ -15,7 +15,7 @@ from verl.retrieval.dense import check_vectors, index_file, index_info
 from verl.retrieval.encoder import load_encoder
 from verl.retrieval.engine import IndexInfo
 from verl.retrieval.file_mark import file_mark
-from verl.retrieval.index_file import read_index_file, write_index_file
+from verl.retrieval.index_file import write_index_file
 from verl.retrieval.index_kinds import IndexLayout, lay_out
 from verl.retrieval.search_config import Tuning
 from verl.retrieval.tune import TuneConfig, sample_queries, tune
@@ -59,9 +59,6 @@ class DenseBuilder:
         self._vectors = self._load_vectors()
         path = folder / index_file(self.planned.retriever, self._layout.kind)
         write_index_file(self._layout, self._vectors, path)
-        found = read_index_file(path).ntotal
-        if found != len(self._corpus):
-            raise DataError(f"index {path} was written with {found} vectors, expected {len(self._corpus)}; report this")
         return replace(self.planned, files={path.name: file_mark(path)})
 
     def finish(self, built: bool) -> None:
@@ -100,11 +97,11 @@ class DenseBuilder:
     def _encode(self) -> np.ndarray:
         try:
             return encode_corpus(self._corpus, self._encoder, self._scratch)
-        except ConfigError:
-            if not self._options.overwrite:
+        except (ConfigError, DataError) as error:
+            # Only what lies there and is damaged or of something else is begun anew, and its errors name it first.
+            if not (self._options.overwrite and str(error).startswith(str(self._scratch))):
                 raise
-            # The folder holds the vectors of something else; vectors that fit are never thrown away.
-            return encode_corpus(self._corpus, self._encoder, self._scratch, overwrite=True)
+        return encode_corpus(self._corpus, self._encoder, self._scratch, overwrite=True)
 
     def _check_room(self) -> None:
         there = sum(item.stat().st_size for item in self._scratch.rglob("*")) if self._scratch.is_dir() else 0

@@ -144,6 +144,9 @@ class ListSource:
 class GpuSource:
     """A copy of an index on GPUs, in half precision; the vectors come from the index on the CPU, in full.
 
+    Of a flat index the result depends on the query alone, as on the CPU. Which clusters of an IVF index are searched
+    is chosen in half precision, and may in the last resort depend on the batch.
+
     Args:
         index: the index on the CPU, with its `nprobe` set.
         gpu: its copy.

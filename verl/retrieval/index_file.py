@@ -33,25 +33,38 @@ def write_index_file(layout: IndexLayout, vectors: np.ndarray, path: Path) -> No
     """Build the index of `vectors` and write it to `path`.
 
     Memory: a chunk of 64 MiB for the kinds without clusters or graph, else the index, the training sample and a chunk.
+    The same vectors make the same file on one machine with the same number of threads, save for HNSW, whose links
+    depend on the order in which threads add vectors.
 
     Args:
         vectors: (N, D) float32 or float16, as a rule memory-mapped.
 
     Raises:
         OSError: `path` cannot be written.
+        DataError: what was written is not what was to be.
     """
     index = trained_index(layout, vectors)
     if layout.kind in _STREAMED:
         _stream(index, layout, vectors, path)
-        return
+    else:
+        _add(index, layout, vectors)
+        try:
+            faiss.write_index(index, str(path))
+        except RuntimeError as error:
+            raise OSError(reason(error)) from error
+    try:
+        found = read_index_file(path).ntotal
+    except DataError as error:  # FAISS does not notice what fails when the file is closed
+        raise OSError(f"{error}: the disk may be full") from error
+    if found != len(vectors):
+        raise DataError(f"index {path} was written with {found} vectors, expected {len(vectors)}; report this")
+
+
+def _add(index: faiss.Index, layout: IndexLayout, vectors: np.ndarray) -> None:
     with tqdm(total=len(vectors), desc=f"adding to {layout.kind}", unit="vector", unit_scale=True, delay=2) as progress:
         for chunk in _chunks(vectors):
             index.add(chunk)
             progress.update(len(chunk))
-    try:
-        faiss.write_index(index, str(path))
-    except RuntimeError as error:
-        raise OSError(reason(error)) from error
 
 
 def trained_index(layout: IndexLayout, vectors: np.ndarray) -> faiss.Index:
@@ -98,10 +111,14 @@ def read_index_file(path: Path) -> faiss.Index:
     if not path.is_file():
         raise DataError(f"index {path} is damaged: the file is missing; {remedy}")
     _check_length(path, remedy)
+    before = faiss.get_deserialization_vector_byte_limit()
+    faiss.set_deserialization_vector_byte_limit(path.stat().st_size)  # a damaged length asks for any amount of memory
     try:
         index = faiss.read_index(str(path), _mapping_flags(path))
     except (RuntimeError, MemoryError) as error:
         raise DataError(f"index {path} is damaged ({reason(error)}); {remedy}") from error
+    finally:
+        faiss.set_deserialization_vector_byte_limit(before)
     if isinstance(index, faiss.IndexIVF):
         # Threads that read ahead, started for every search, cost more than they gain where the lists are in memory.
         faiss.downcast_InvertedLists(index.invlists).prefetch_nthread = 0
@@ -114,10 +131,10 @@ def read_index_file(path: Path) -> faiss.Index:
 
 
 def _mapping_flags(path: Path) -> int:
-    """Inverted lists are mapped by one flag of FAISS, everything else by another."""
+    """Inverted lists are mapped by one flag of FAISS, everything else by another; no table serves inner products."""
     with path.open("rb") as file:
         is_ivf = file.read(2) == b"Iw"
-    return faiss.IO_FLAG_MMAP if is_ivf else faiss.IO_FLAG_MMAP_IFC
+    return faiss.IO_FLAG_MMAP | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE if is_ivf else faiss.IO_FLAG_MMAP_IFC
 
 
 def _check_length(path: Path, remedy: str) -> None:

@@ -15,8 +15,9 @@ from verl.errors import DataError
 from verl.retrieval.build_flags import add_corpus_flags, add_encoder_choice
 from verl.retrieval.collection import read_queries
 from verl.retrieval.corpus import Corpus
-from verl.retrieval.dense import open_encoder, open_file
+from verl.retrieval.dense import check_vectors, open_encoder, open_file
 from verl.retrieval.dense_build import vectors_folder
+from verl.retrieval.encoder import Encoder
 from verl.retrieval.encoder_spec import EncoderConfig, read_overrides
 from verl.retrieval.engine import INFO_NAME, IndexInfo, check_info
 from verl.retrieval.tune import TuneConfig, sample_queries, table, tune
@@ -48,16 +49,24 @@ def run(arguments: Sequence[str]) -> None:
     texts = (
         list(read_queries(args.queries).values()) if args.queries else sample_queries(corpus, args.sample, args.seed)
     )
-    found = tune(folder, corpus, encoder.encode_queries(texts), _vectors(args, folder, corpus, encoder.width), config)
+    vectors = _vectors(args, folder, corpus, encoder)
+    found = tune(folder, corpus, encoder.encode_queries(texts), vectors, config)
     sys.stdout.write(table(found, config.k) + "\n")
 
 
-def _vectors(args: argparse.Namespace, folder: Path, corpus: Corpus, width: int) -> np.ndarray | None:
+def _vectors(args: argparse.Namespace, folder: Path, corpus: Corpus, encoder: Encoder) -> np.ndarray | None:
     """Return what the encoder made of the corpus, if it was kept."""
+    path = args.embedding_path or vectors_folder(folder)
     if args.embedding_path:
-        return open_embeddings(args.embedding_path, len(corpus), width)
-    kept = vectors_folder(folder)
-    return open_vectors(kept, corpus) if kept.is_dir() else None
+        vectors = open_embeddings(path, len(corpus), encoder.width)
+    elif path.is_dir():
+        vectors = open_vectors(path, corpus)
+    else:
+        return None
+    if vectors.shape[1] != encoder.width:
+        raise DataError(f"{path} holds vectors of {vectors.shape[1]} numbers, expected {encoder.width}; remove them")
+    check_vectors(lambda row, _: vectors[row], "Flat", encoder, corpus, path)
+    return vectors
 
 
 def _parser() -> argparse.ArgumentParser:
