@@ -206,7 +206,11 @@ def csv_rows(text: str, ending: str) -> Iterator[tuple[int, Mapping[str, str] | 
     csv.field_size_limit(sys.maxsize)  # its usual bound, 128 kB, is less than a long document
     stream = io.StringIO(text, newline="")
     reader = csv.DictReader(stream, delimiter="\t" if ending == ".tsv" else ",", strict=True)
-    header = [name.strip().lower() for name in reader.fieldnames or ()]
+    try:
+        header = [name.strip().lower() for name in reader.fieldnames or ()]
+    except csv.Error as cause:
+        yield 1, f"the header is malformed ({cause}); put names with commas or quotation marks in quotes"
+        return
     if len(set(header)) < len(header):
         yield 1, f"the header names a column twice ({', '.join(header)}); give each a name of its own"
         return

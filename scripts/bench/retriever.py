@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from retriever_parts import HERE, Bare, Process, ask, server, write_world
+from retriever_parts import HERE, Bare, Process, ask, server, stop_in_order, write_world
 
 from verl.retrieval.build import build_index
 from verl.retrieval.client import RetrieverClient, RetrieverClientConfig
@@ -271,6 +271,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of corpus and queries")
     args = parser.parse_args()
     logging.getLogger("verl").setLevel(logging.ERROR)
+    stop_in_order()
     for retriever in args.retrievers:
         found = measure(retriever, args.documents if retriever == "bm25" else args.dense_documents, args)
         sys.stdout.write(found + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -95,7 +96,8 @@ class Bare(Process):
 @contextmanager
 def server(arguments: Sequence[object], port: int, cpu: int | None = None) -> Iterator[Process]:
     """Run a server, whose port is added to the arguments, and wait until it is well."""
-    process = Process([*map(str, arguments), "--port", str(port)], cpu, stderr=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = Process([*map(str, arguments), "--port", str(port)], cpu, **quiet)
     process.port = port
     try:
         deadline = time.monotonic() + _START_S
@@ -114,6 +116,11 @@ def _well(port: int) -> bool:
             return answer.status == 200
     except OSError:
         return False
+
+
+def stop_in_order() -> None:
+    """Have SIGTERM end this process through its context managers, which take the others with them."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 def ask(job: dict[str, Any], cpu: int | None = None) -> dict[str, Any]:

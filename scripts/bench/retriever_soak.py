@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from retriever_load import Load
-from retriever_parts import Process, server, write_world
+from retriever_parts import Process, server, stop_in_order, write_world
 
 from verl.retrieval.build import build_index
 from verl.retrieval.corpus import Corpus
@@ -89,6 +89,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of corpus and queries")
     args = parser.parse_args()
     logging.getLogger("verl").setLevel(logging.ERROR)
+    stop_in_order()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         queries = write_world(folder / "corpus.jsonl", args.documents, 512, _RARE_WORDS, random.Random(args.seed))

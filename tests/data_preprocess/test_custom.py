@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from data_preprocess.custom import CorpusOptions, QuestionsOptions, main, write_corpus, write_splits
@@ -175,6 +175,8 @@ def test_missing_columns_and_bad_splits(tmp_path: Path) -> None:
 
 
 @given(st.text())
+@example('"')
+@example('a\n"')
 def test_any_table_is_rows_or_faults(text: str) -> None:
     for line, row in csv_rows(text, ".csv"):
         assert line >= 1 and (isinstance(row, str) or all(isinstance(cell, str) for cell in row.values()))

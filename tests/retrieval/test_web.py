@@ -270,6 +270,7 @@ def test_keys_show_in_no_log_message_cache_or_description(
     web: Opener, server: WebServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, provider: str
 ) -> None:
     caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, logger="httpx")  # an entry point quietens it, in whichever test ran before
     cache = tmp_path / "answers.sqlite"
     engine = web(provider, cache=cache, cache_mode="record")
     echo = f"you sent {server.key}"
