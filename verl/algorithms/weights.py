@@ -5,6 +5,7 @@ Legend: B sequences, S tokens. Weights carry no gradient.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -95,3 +96,120 @@ def self_normalized_weights(answer_logprobs: Tensor, group_ids: Tensor) -> Tenso
     # The best of a group maps to exp(0) also where it is -inf, whose difference from itself would be a NaN.
     scaled = (answer_logprobs - largest).masked_fill(answer_logprobs == largest, 0).exp()
     return scaled / scaled.new_zeros(len(ids)).index_add(0, index, scaled)[index]
+
+
+Weighting = Literal["paper", "released_v1", "reward", "uniform", "rejection"]
+WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The trajectories z of some questions x with accepted answers y, one row each.
+
+    Attributes:
+        group_ids: (B,) int64, equal for the trajectories of one question.
+        usable: (B,) bool; a trajectory that failed or breaks a rule is not, and its other entries are not looked at.
+        answer_logprobs: (B,) float, log p(y | x, z) summed over the answer's tokens.
+        answer_tokens: (B,) int64, how many tokens that are.
+        rewards: (B,) float, of the predicted answer, in [0, 1].
+        correct: (B,) bool, whether the predicted answer is accurate.
+    """
+
+    group_ids: Tensor
+    usable: Tensor
+    answer_logprobs: Tensor
+    answer_tokens: Tensor
+    rewards: Tensor
+    correct: Tensor
+
+    def __post_init__(self) -> None:
+        shapes = {name: tuple(getattr(self, name).shape) for name in self.__dataclass_fields__}
+        if self.group_ids.ndim != 1 or len(set(shapes.values())) != 1:
+            raise ValueError(f"shapes {shapes}; expected (B,) of each")
+
+
+def check_weighting(weighting: Weighting, samples: int) -> None:
+    """Refuse a weighting that says nothing with so few trajectories a question.
+
+    Raises:
+        ValueError: unknown, or normalised over a single trajectory.
+    """
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weights={weighting!r} is unknown; use one of {', '.join(WEIGHTINGS)}")
+    if weighting == "paper" and samples < 2:
+        raise ValueError(
+            f"weights=paper with samples={samples}: weights are normalised over the trajectories of a question, so "
+            "with one each all of them would be 1 and the E-step would say nothing; sample at least 2 a question, or use "
+            "weights=released_v1, reward or rejection, which are not normalised"
+        )
+
+
+@torch.no_grad()
+def trajectory_weights(
+    weighting: Weighting, candidates: Candidates, length_exponent: float = 0.0
+) -> tuple[Tensor, dict[str, float]]:
+    """Return how much each trajectory counts in the M-step of self-training.
+
+    With s = log p(y | x, z) / n ** length_exponent over n answer tokens:
+
+        paper        exp(s_k) / sum_j exp(s_j) over the usable trajectories of the question (arXiv 2505.20128, w~)
+        released_v1  exp(mean log-probability), not normalised; the exponent is not used
+        reward       the reward of the predicted answer, not normalised
+        uniform      1 / usable trajectories of the question: every trajectory is imitated alike
+        rejection    1 where the predicted answer is accurate, else 0
+
+    A trajectory that is not usable weighs 0, and so does one whose log-probability is NaN. A question whose usable
+    trajectories all make the answer impossible (-inf) has no posterior and weighs 0 under `paper`.
+
+    Args:
+        length_exponent: 0 takes the sum of the log-probabilities, 1 their mean.
+
+    Returns:
+        (B,) float64 weights, and stats: `weighted` (trajectories above 0), `nan`, `questions`, `dead_questions`
+        (without any weight), and `effective_samples`, the mean over the others of (sum w)^2 / sum w^2.
+
+    Raises:
+        ValueError: an unknown weighting.
+    """
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weights={weighting!r} is unknown; use one of {', '.join(WEIGHTINGS)}")
+    logprobs = candidates.answer_logprobs.double()
+    reads_logprobs = weighting in ("paper", "released_v1")
+    nan = candidates.usable & logprobs.isnan() & reads_logprobs
+    usable = candidates.usable & ~nan & (candidates.answer_tokens > 0 if reads_logprobs else True)
+    lengths = candidates.answer_tokens.clamp(min=1).double()
+    ids, index = torch.unique(candidates.group_ids, return_inverse=True)
+    if weighting == "paper":
+        raw = _possible_softmax(logprobs / lengths**length_exponent, usable, index)
+    elif weighting == "released_v1":
+        raw = (logprobs / lengths).exp()
+    elif weighting == "reward":
+        raw = candidates.rewards.double()
+    elif weighting == "rejection":
+        raw = candidates.correct.double()
+    else:
+        raw = 1 / _sums(usable.double(), index, len(ids))[index]
+    weights = torch.where(usable, raw, 0.0)
+    total, squares = _sums(weights, index, len(ids)), _sums(weights**2, index, len(ids))
+    alive = total > 0
+    effective = (total[alive] ** 2 / squares[alive]).mean() if bool(alive.any()) else total.new_zeros(())
+    return weights, {
+        "weighted": float((weights > 0).sum()),
+        "nan": float(nan.sum()),
+        "questions": float(len(ids)),
+        "dead_questions": float((~alive).sum()),
+        "effective_samples": float(effective),
+    }
+
+
+def _possible_softmax(scores: Tensor, usable: Tensor, index: Tensor) -> Tensor:
+    """Softmax of (B,) scores over the usable rows of each group; 0 in groups where every score is -inf."""
+    possible = usable & (scores > -torch.inf)
+    weights = torch.zeros_like(scores)
+    if bool(possible.any()):
+        weights[possible] = self_normalized_weights(scores[possible], index[possible])
+    return weights
+
+
+def _sums(values: Tensor, index: Tensor, groups: int) -> Tensor:
+    return values.new_zeros(groups).index_add(0, index, values)
