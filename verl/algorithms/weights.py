@@ -139,8 +139,8 @@ def check_weighting(weighting: Weighting, samples: int) -> None:
     if weighting == "paper" and samples < 2:
         raise ValueError(
             f"weights=paper with samples={samples}: weights are normalised over the trajectories of a question, so "
-            "with one each all of them would be 1 and the E-step would say nothing; sample at least 2 a question, or use "
-            "weights=released_v1, reward or rejection, which are not normalised"
+            "with one each all of them would be 1 and the E-step would say nothing; sample at least 2 a question, or "
+            "use weights=released_v1, reward or rejection, which are not normalised"
         )
 
 
