@@ -42,6 +42,31 @@ class SearchResult:
     scores: tuple[float, ...]
 
 
+SqlValue = None | int | float | str | bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SqlResult:
+    """What a database returned for one statement.
+
+    Attributes:
+        rows: in the order in which they came.
+        columns: how many there are, also where there is no row.
+        size: bytes that it took to send; 0 where nobody counted.
+        error: empty, or the kind of what went wrong: `syntax`, `invalid` (names what is not there, or misuses it),
+            `no_statement`, `several_statements`, `refused` (whatever does not only read), `timeout`, `too_many_rows`,
+            `too_large` (the statement, a value or the result), `memory`, `crash` (its process died of it),
+            `missing_database` or `unreadable_database`.
+        message: the cause in words.
+    """
+
+    rows: tuple[tuple[SqlValue, ...], ...] = ()
+    columns: int = 0
+    size: int = 0
+    error: str = ""
+    message: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Baseline:
     """Naive RAG for one question: the documents it used, the generator's answer and whether that was accurate."""
@@ -117,6 +142,7 @@ class Turn:
         note: why the turn is invalid, in words, where the protocol says it.
         prompt_ids: all that the model read before this turn, where a grammar rebuilt the conversation; empty where it
             simply went on. Trajectories with rebuilt turns cannot be trained on.
+        fault: the kind of what `note` says, one word of few, so that it can be counted.
     """
 
     segments: tuple[Segment, ...]
@@ -130,6 +156,7 @@ class Turn:
     answer: str | None = None
     note: str = ""
     prompt_ids: tuple[int, ...] = ()
+    fault: str = ""
 
 
 class Stop(str, Enum):

@@ -54,6 +54,26 @@ async def test_an_unreadable_answer_ends_with_its_reason() -> None:
     assert trajectory.documents == docs("w1") and trajectory.turns[0].invalid, "searched for, and still invalid"
 
 
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (turn('{"query": "a"}'), ""),
+        ("I give up", "tag_missing"),
+        (turn('{"query": "a"}') * 2, "tag_repeated"),
+        ('<answer>{"query": "a"}</answer><think>hm</think>', "tag_order"),
+        (turn(" "), "empty"),
+        (turn("```json\n{}\n```"), "not_json"),
+        (turn("null"), "not_object"),
+        (turn("{}"), "key_missing"),
+        (turn('{"query": 5}'), "not_text"),
+        (turn('{"query": " "}'), "blank"),
+    ],
+)
+async def test_a_rejection_has_a_kind(text: str, fault: str) -> None:
+    trajectory, _ = await play(replace(CONFIG, max_generation_tokens=2000), text)
+    assert trajectory.turns[0].fault == fault and bool(trajectory.turns[0].note) == bool(fault)
+
+
 async def test_sql_is_an_answer_and_is_not_searched_for() -> None:
     trajectory, context = await play(replace(CONFIG, task="sql"), turn('{"sql": "SELECT 1"}'))
     assert (trajectory.answer, trajectory.searches, trajectory.valid) == ("SELECT 1", 0, True)

@@ -88,7 +88,9 @@ def test_what_cannot_be_read(family: type[QueryReward], text: str, tags: int, re
     assert (paid["released"].score, paid["corrected"].score) == (released, -4.0)
     for outcome in paid.values():
         assert (outcome.parts["format"], outcome.parts["tags"], outcome.failed) == (0.0, float(tags), "")
-        assert sum(value for name, value in outcome.parts.items() if name not in ("format", "tags")) == 0
+        assert outcome.parts["format_error_ratio"] == 1.0
+        rest = [value for name, value in outcome.parts.items() if name not in ("tags", "format_error_ratio")]
+        assert not any(rest)
 
 
 @pytest.mark.parametrize(("text", "tags", "released"), FORMS[6:])
@@ -131,9 +133,13 @@ def test_recall(hits: int, tiers: float, continuous: float) -> None:
             "recall": hits / 100,
             "format": 1.0,
             "tags": 1.0,
+            "format_error_ratio": 0.0,
+            "wrong_answer_ratio": float(hits < 5),
             **{f"{tier}_recall_ratio": float(hits >= tier) for tier in (70, 50, 40, 30, 10, 5)},
         }
-    assert score(RetrievalRecall(grading="continuous"), trajectory).score == pytest.approx(continuous, abs=1e-12)
+    graded = score(RetrievalRecall(grading="continuous"), trajectory)
+    assert graded.score == pytest.approx(continuous, abs=1e-12)
+    assert graded.parts["wrong_answer_ratio"] == float(hits < 5)
 
 
 @pytest.mark.parametrize("wanted", range(1, 60))
@@ -184,7 +190,14 @@ def test_rank(rank: int | None, paid: float) -> None:
         assert outcome.score == pytest.approx(paid, abs=1e-12)
         seen = rank is not None and rank <= 3000
         expected = {f"hit@{k}": float(seen and rank <= k) for k in (1, 5, 10, 20, 50, 100, 1000, 3000)}
-        assert outcome.parts == {**expected, "format": 1.0, "tags": 1.0, **({"rank": float(rank)} if seen else {})}
+        assert outcome.parts == {
+            **expected,
+            "format": 1.0,
+            "tags": 1.0,
+            "format_error_ratio": 0.0,
+            "wrong_answer_ratio": float(not seen),
+            **({"rank": float(rank)} if seen else {}),
+        }
 
 
 @pytest.mark.parametrize(

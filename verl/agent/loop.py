@@ -187,6 +187,7 @@ class _Episode:
                 invalid=action.invalid,
                 answer=action.answer,
                 note=action.note,
+                fault=action.fault,
                 prompt_ids=self.rebuilt,
             )
         )

@@ -53,15 +53,38 @@ _HITS = (1, 5, 10, 20, 50, 100, 1000, 3000)
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """What a query's documents are worth; `tier` is None where they are not worth any."""
+    """What a query's documents are worth; `tier` is None where they are not worth any.
+
+    Attributes:
+        wrong: the documents reach no tier; with graded payments they are paid all the same.
+    """
 
     tier: float | None
     parts: Mapping[str, float]
+    wrong: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """How a trajectory's last turn reads, and what its query found; nothing where there is none."""
+
+    form: Form
+    documents: tuple[Document, ...] = ()
+
+    def parts(self, wrong: bool) -> dict[str, float]:
+        """Return what every reward of a query reports: whether tags and JSON are right, and what went wrong."""
+        readable = self.form == "readable"
+        return {
+            "format": float(readable),
+            "tags": float(self.form != "tags"),
+            "format_error_ratio": float(not readable),
+            "wrong_answer_ratio": float(readable and wrong),
+        }
 
 
 @dataclass(frozen=True, slots=True)
 class QueryReward(ABC):
-    """What both rewards have in common. Parts: `format` (tags and JSON are right), `tags` (they are), both 0 or 1.
+    """What both rewards have in common. Parts, each 0 or 1: those of `Seen.parts`.
 
     Attributes:
         topk: documents that count, from the first.
@@ -93,20 +116,11 @@ class QueryReward(ABC):
 
     async def __call__(self, evidence: Evidence) -> RewardOutcome:
         """Pay for the last turn; fails where it asked for no query, or got no result for it."""
-        turns = evidence.trajectory.turns
-        if not turns:
-            return failed("the policy had no turn; its prompt may be too long")
-        form = form_of(turns[-1])
-        documents: tuple[Document, ...] = ()
-        if form == "readable":
-            if turns[-1].result is None:
-                return failed(
-                    "the last turn has no search result; this reward is for a protocol that ends with a query"
-                )
-            documents = turns[-1].result.documents[: self.topk]
-        grade = await self.grade(evidence.question, documents)
-        parts = {**grade.parts, "format": float(form == "readable"), "tags": float(form != "tags")}
-        return RewardOutcome(self._paid(form, grade.tier), parts)
+        seen = look(evidence)
+        if isinstance(seen, RewardOutcome):
+            return seen
+        grade = await self.grade(evidence.question, seen.documents[: self.topk])
+        return RewardOutcome(self._paid(seen.form, grade.tier), {**grade.parts, **seen.parts(grade.wrong)})
 
     @abstractmethod
     async def grade(self, question: Question, documents: Sequence[Document]) -> Grade:
@@ -150,8 +164,9 @@ class RetrievalRecall(QueryReward):
         parts = {f"{100 * bound:g}_recall_ratio": float(recall >= bound) for bound, _ in self.tiers}
         parts["recall"] = recall
         if self.grading == "continuous":
-            return Grade(self.miss + (self.tiers[0][1] - self.miss) * recall, parts)
-        return Grade(next((paid for bound, paid in self.tiers if recall >= bound), None), parts)
+            return Grade(self.miss + (self.tiers[0][1] - self.miss) * recall, parts, recall < self.tiers[-1][0])
+        tier = next((paid for bound, paid in self.tiers if recall >= bound), None)
+        return Grade(tier, parts, tier is None)
 
     def _tier_pays(self) -> tuple[float, ...]:
         return tuple(paid for _, paid in self.tiers)
@@ -184,12 +199,26 @@ class FirstHitRank(QueryReward):
         rank = await asyncio.to_thread(first_hit, question.answers, documents)
         parts = {f"hit@{k}": float(rank is not None and rank <= k) for k in _HITS if k <= self.topk}
         if rank is None:
-            return Grade(None, parts)
+            return Grade(None, parts, wrong=True)
         parts["rank"] = float(rank)
-        return Grade(next((paid for bound, paid in self.tiers if rank <= bound), None), parts)
+        tier = next((paid for bound, paid in self.tiers if rank <= bound), None)
+        return Grade(tier, parts, tier is None)
 
     def _tier_pays(self) -> tuple[float, ...]:
         return tuple(paid for _, paid in self.tiers)
+
+
+def look(evidence: Evidence) -> Seen | RewardOutcome:
+    """Read the last turn; a failed outcome where it asked for no query, or got no result for it."""
+    turns = evidence.trajectory.turns
+    if not turns:
+        return failed("the policy had no turn; its prompt may be too long")
+    form = form_of(turns[-1])
+    if form != "readable":
+        return Seen(form)
+    if turns[-1].result is None:
+        return failed("the last turn has no search result; this reward is for a protocol that ends with a query")
+    return Seen(form, turns[-1].result.documents)
 
 
 def form_of(turn: Turn) -> Form:

@@ -19,6 +19,11 @@ baseline with documents; likelihood |
 | `retrieval_recall` | tier of the recall of target ids by one query (DeepRetrieval, family A) | `variant`, `grading`, \
 `topk`, `tiers`, `well_formed`, `malformed`, `miss`, `unreadable` | answers are ids |
 | `first_hit_rank` | tier of the rank of the first document with an answer (family B) | the same without `grading` | |
+| `ndcg` | 0.1 + NDCG of one query (family C) | `variant`, `k`, `eval_k`, `train_k`, `well_formed`, `malformed`, \
+`miss` | answers are ids |
+| `execution_accuracy` | 0.1 + tier of what one SQL statement returns (family D) | `dataset`, `variant`, `comparison`, \
+`ordered`, `tolerance`, `keep_distinct`, `well_formed`, `malformed`, `correct`, `executed`, `invalid`, `error` | \
+`extra.sql`, `extra.db_id`; sql |
 
 The generator is asked for its answer only by rewards that read it (`gain` to `sub_span`). A weight of 0 measures a
 reward, which then shows among the parts, without paying it.
@@ -45,10 +50,13 @@ from verl.rewards.entailment import EntailmentConfig, create_entailment
 from verl.rewards.evidence import Answer, Evidence, Judge, Judging, Tools, failed, missing_tool
 from verl.rewards.form import SearchCost, invalid_turns, valid_format
 from verl.rewards.gain import Gain, GainVariant
+from verl.rewards.ndcg import Ndcg
 from verl.rewards.perplexity import PerplexityGain
 from verl.rewards.rank import FirstHitRank, RetrievalRecall
 from verl.rewards.recall import RecallOfGold, context_holds_answer
 from verl.rewards.seper import SemanticPerplexity
+from verl.rewards.sql import ExecutionAccuracy
+from verl.rewards.sql_config import SqlConfig
 from verl.typed import Decoder, nearest
 from verl.types import Question, RewardOutcome, Stop, Trajectory
 
@@ -84,6 +92,8 @@ REWARDS: dict[str, Reward | type[Reward]] = {
     "search_cost": SearchCost,
     "retrieval_recall": RetrievalRecall,
     "first_hit_rank": FirstHitRank,
+    "ndcg": Ndcg,
+    "execution_accuracy": ExecutionAccuracy,
 }
 
 
@@ -100,6 +110,7 @@ class RewardConfig:
         judge: when the judge is asked, if there is one: where it is needed, or always, which reports how often it
             agrees with the span match and changes no score.
         entailment: how entailment is told, for the rewards that ask about it.
+        sql: databases and limits, for the rewards that run SQL.
     """
 
     terms: Mapping[str, float] = field(default_factory=lambda: {"gain": 1.0})
@@ -108,6 +119,7 @@ class RewardConfig:
     params: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     judge: Judging = "when_needed"
     entailment: EntailmentConfig | None = None
+    sql: SqlConfig | None = None
 
     def __post_init__(self) -> None:
         if not self.terms:

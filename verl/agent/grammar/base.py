@@ -51,6 +51,7 @@ class Action:
     invalid: bool = False
     answer: str | None = None
     note: str = ""
+    fault: str = ""
 
 
 Message = dict[str, str]

@@ -22,6 +22,11 @@ from verl.types import Document, Question, SearchResult, Turn
 
 _SHOWN_CHARS = 80
 
+Fault = Literal[
+    "tag_missing", "tag_repeated", "tag_order", "empty", "not_json", "not_object", "key_missing", "not_text", "blank"
+]
+"""Kinds of rejections: of the tags; nothing between the answer's; of the JSON there; of the value of its key."""
+
 
 @dataclass(frozen=True)
 class DeepRetrievalConfig:
@@ -57,6 +62,7 @@ class Reading:
 
     value: str = ""
     reason: str = ""
+    fault: Fault | Literal[""] = ""
 
 
 class DeepRetrievalGrammar:
@@ -91,7 +97,7 @@ class DeepRetrievalGrammar:
         if reading.reason:
             usual = question.extra.get("query", question.text)
             query = usual if self.config.fall_back and self.key == "query" else None
-            return Action(query=query, finished=True, invalid=True, note=reading.reason)
+            return Action(query=query, finished=True, invalid=True, note=reading.reason, fault=reading.fault)
         if self.key == "sql":
             return Action(answer=reading.value, finished=True)
         return Action(query=reading.value, finished=True)
@@ -120,23 +126,33 @@ def read_answer(text: str, key: str, reasoning: bool) -> Reading:
     for tag in tags:
         count = text.count(tag)
         if count != 1:
-            return Reading(reason=f"{tag} occurs {count} times, expected once")
+            fault: Fault = "tag_repeated" if count else "tag_missing"
+            return Reading(reason=f"{tag} occurs {count} times, expected once", fault=fault)
         if text.index(tag) < at:
-            return Reading(reason=f"{tag} stands before the tag that it should follow")
+            return Reading(reason=f"{tag} stands before the tag that it should follow", fault="tag_order")
         at = text.index(tag)
     inner = text.partition("<answer>")[2].partition("</answer>")[0].strip()
+    return _value_of(inner, key)
+
+
+def _value_of(inner: str, key: str) -> Reading:
+    """Read what stands between the answer tags."""
     try:
         value = json.loads(inner, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as cause:
-        return Reading(reason=f"the answer is not JSON ({cause}): {_shown(inner)}")
+        reason = f"the answer is not JSON ({cause}): {_shown(inner)}"
+        return Reading(reason=reason, fault="not_json" if inner else "empty")
     if not isinstance(value, dict):
-        return Reading(reason=f"the answer is a JSON {type(value).__name__}, expected an object with {key!r}")
+        reason = f"the answer is a JSON {type(value).__name__}, expected an object with {key!r}"
+        return Reading(reason=reason, fault="not_object")
     found = value.get(key)
     if not isinstance(found, str):
-        problem = f"is a {type(found).__name__}" if key in value else "is missing"
-        return Reading(reason=f"the answer's {key!r} {problem}, expected a string")
+        there = key in value
+        problem = f"is a {type(found).__name__}" if there else "is missing"
+        reason = f"the answer's {key!r} {problem}, expected a string"
+        return Reading(reason=reason, fault="not_text" if there else "key_missing")
     cleaned = clean_query(found)
-    return Reading(cleaned) if cleaned else Reading(reason=f"the answer's {key!r} is blank")
+    return Reading(cleaned) if cleaned else Reading(reason=f"the answer's {key!r} is blank", fault="blank")
 
 
 def _refuse_constant(name: str) -> float:
