@@ -50,6 +50,7 @@ async def test_an_unreadable_answer_ends_with_its_reason() -> None:
     trajectory, _ = await play(CONFIG, f"I give up{EOS}")
     assert (trajectory.stop, trajectory.valid, trajectory.documents) == (Stop.FINISHED, False, ())
     assert trajectory.turns[0].note == "<think> occurs 0 times, expected once"
+    assert trajectory.turns[0].fault == "tag_missing"
     trajectory, _ = await play(replace(CONFIG, fall_back=True), f"I give up{EOS}")
     assert trajectory.documents == docs("w1") and trajectory.turns[0].invalid, "searched for, and still invalid"
 
@@ -69,9 +70,9 @@ async def test_an_unreadable_answer_ends_with_its_reason() -> None:
         (turn('{"query": " "}'), "blank"),
     ],
 )
-async def test_a_rejection_has_a_kind(text: str, fault: str) -> None:
-    trajectory, _ = await play(replace(CONFIG, max_generation_tokens=2000), text)
-    assert trajectory.turns[0].fault == fault and bool(trajectory.turns[0].note) == bool(fault)
+def test_a_rejection_has_a_kind(text: str, fault: str) -> None:
+    reading = read_answer(text, "query", reasoning=True)
+    assert reading.fault == fault and bool(reading.reason) == bool(fault)
 
 
 async def test_sql_is_an_answer_and_is_not_searched_for() -> None:
