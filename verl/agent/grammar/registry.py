@@ -11,13 +11,14 @@ from typing import Any
 
 from verl.agent.grammar.base import Complete, Grammar
 from verl.agent.grammar.deepretrieval import DeepRetrievalConfig, DeepRetrievalGrammar
+from verl.agent.grammar.exsearch import ExSearchConfig, ExSearchGrammar
 from verl.agent.grammar.ircot import IRCoTConfig, IRCoTGrammar
 from verl.agent.grammar.s3 import S3Config, S3Grammar
 from verl.agent.grammar.search_o1 import SearchO1Config, SearchO1Grammar
 from verl.agent.grammar.search_r1 import SearchR1Config, SearchR1Grammar
 from verl.errors import ConfigError
 
-SearchConfig = S3Config | SearchR1Config | SearchO1Config | IRCoTConfig | DeepRetrievalConfig
+SearchConfig = S3Config | SearchR1Config | SearchO1Config | IRCoTConfig | DeepRetrievalConfig | ExSearchConfig
 
 _GRAMMARS: dict[type, Callable[[Any, Complete | None], Grammar]] = {
     S3Config: lambda config, _: S3Grammar(config),
@@ -25,6 +26,7 @@ _GRAMMARS: dict[type, Callable[[Any, Complete | None], Grammar]] = {
     SearchO1Config: SearchO1Grammar,
     IRCoTConfig: lambda config, _: IRCoTGrammar(config),
     DeepRetrievalConfig: lambda config, _: DeepRetrievalGrammar(config),
+    ExSearchConfig: lambda config, _: ExSearchGrammar(config),
 }
 
 
