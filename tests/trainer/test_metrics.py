@@ -8,7 +8,7 @@ import pytest
 
 from tests.trainer.fakes import question, sample, trajectory, turn
 from verl.trainer.metrics import policy_tokens, rollout_metrics, trajectory_metrics
-from verl.types import Stop
+from verl.types import Stop, Turn
 
 TWO_HOP = question("B", "2-hop", ("T1", "T2"))
 # Searches twice, selecting one and then two passages, and finds one of two gold passages.
@@ -118,6 +118,21 @@ def test_rewards_are_averaged_over_what_was_scored() -> None:
         "reward/groups_with_variance": 0.5,
     }
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+
+
+def test_a_reward_with_an_accuracy_of_its_own_is_believed() -> None:
+    samples = [sample(1.1, parts={"accuracy": 1.0}), sample(0.4, parts={"accuracy": 0.0}), sample(1.0), sample(0.0)]
+    assert rollout_metrics(samples)["reward/accuracy"] == 0.5  # the last two go by the generator's answer
+
+
+def test_rejections_are_counted_by_their_kind() -> None:
+    def rejected(fault: str) -> Turn:
+        return turn(finished=True, invalid=True, note="why", fault=fault)
+
+    played = [trajectory(turns=(rejected(fault),)) for fault in ("tag_missing", "tag_missing", "blank", "")]
+    metrics = trajectory_metrics([*played, trajectory()])
+    found = {name: value for name, value in metrics.items() if name.startswith("env/rejected/")}
+    assert found == {"env/rejected/tag_missing": 0.4, "env/rejected/blank": 0.2, "env/rejected/other": 0.2}
 
 
 def test_rewards_other_than_gbr_have_no_gbr_cases() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.fakes import Pool, question, sample
+from tests.trainer.fakes import Pool, question, sample, turn
 from verl.agent.protocols import Sampling
 from verl.trainer.sentinel import RunStopped, Sentinel, SentinelConfig
 from verl.trainer.validate import Validator, validation_metrics
@@ -54,6 +54,57 @@ def test_a_failed_question_is_counted_and_left_out() -> None:
     assert metrics["val/failed"] == 1
     assert metrics["val/accuracy"] == 1
     assert "val/accuracy/2-hop" not in metrics
+
+
+def of(source: str, score: float, kind: str = "", **parts: float) -> Sample:
+    named = {name.replace("_at_", "@"): value for name, value in parts.items()}
+    asked = Question(f"{source}/0", "?", ("a",), source, kind=kind)
+    return sample(score, asked, parts=named)
+
+
+def test_the_parts_of_the_reward_are_reported_for_every_task() -> None:
+    metrics = validation_metrics(
+        [
+            of("pubmed", 6.0, recall=0.75, format_error_ratio=0.0),
+            of("pubmed", -4.0, recall=0.0, format_error_ratio=1.0),
+            of("squad", 5.0, hit_at_5=0.0, hit_at_20=1.0),
+            of("scifact_val", 0.6, ndcg=0.5, recall=1.0),
+            of("bird_val", 1.1, accuracy=1.0, kind="hard"),
+            of("bird_val", 0.4, accuracy=0.0, kind="hard"),
+            of("ctgov", 0.0, documents=99.0),
+        ]
+    )
+    expected = {
+        "val/recall": 1.75 / 3,
+        "val/format_error_ratio": 0.5,
+        "val/hit@20": 1.0,
+        "val/recall@20": 1.0,
+        "val/recall@5": 0.0,
+        "val/ndcg": 0.5,
+        "val/test_score/pubmed": 0.375,
+        "val/test_score/squad": 5.0,
+        "val/test_score/scifact_val": 0.5,
+        "val/test_score/bird_val": 0.5,
+        "val/test_score/ctgov": 0.0,
+        "val/accuracy/hard": 0.5,
+        "val/score": (6 - 4 + 5 + 0.6 + 1.1 + 0.4) / 7,
+        "val/documents": 0.0,
+    }
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+    assert "val/recall@50" not in metrics
+    # Five of seven have no accuracy of their own; their generator's answer was right where `sample` scores above 0.
+    assert metrics["val/accuracy"] == pytest.approx((1 + 0 + 1 + 1 + 1 + 0 + 0) / 7)
+
+
+def test_rejections_are_counted_and_dumped(tmp_path: Path) -> None:
+    def reject(asked: Question, k: int) -> Sample:
+        said = turn(finished=True, invalid=True, note="the answer is not JSON: 'q'", fault="not_json")
+        return sample(-4.0, asked, turns=(said,))
+
+    metrics = validator(tmp_path).run(Pool(reject), 0)
+    assert metrics["val/rejected/not_json"] == 1.0
+    trajectory, _ = next(iter_trajectories(tmp_path / "step_000000.jsonl"))
+    assert (trajectory.turns[0].note, trajectory.turns[0].fault) == ("the answer is not JSON: 'q'", "not_json")
 
 
 def test_nothing_scored_has_no_accuracy() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from verl.rewards.recall import gold_recall
 from verl.types import Role, Stop, Trajectory
@@ -16,9 +16,8 @@ def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     metrics = {"env/failed": float(len(samples) - len(scored)), "env/trajectories": float(len(samples))}
     if not scored:
         return metrics
-    metrics |= _part_means([sample.outcome.parts for sample in scored])
+    metrics |= {f"reward/{name}": value for name, value in part_means(scored).items()}
     metrics |= _spread("reward", [sample.outcome.score for sample in scored])
-    metrics["reward/accuracy"] = _mean([float(sample.outcome.correct) for sample in scored])
     metrics |= _outcome_shares(scored)
     metrics |= _groups_with_variance(scored)
     return metrics | trajectory_metrics([sample.trajectory for sample in scored])
@@ -32,7 +31,8 @@ def trajectory_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     by the retriever. Per question: `number_of_actions`, `searches` (also under its published name
     `number_of_valid_search`) and `selected_documents`. `clip_ratio` is the share of trajectories that met the end of
     the context, and of prompts too long to start from. `state_tokens` are those that the policy sampled, `coverage`
-    is their share of what follows the prompt.
+    is their share of what follows the prompt. `rejected/KIND` is how many turns per trajectory were not read for a
+    reason of that kind (`Turn.fault`), for the protocols that say one.
     """
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     stops = Counter(trajectory.stop for trajectory in trajectories)
@@ -64,6 +64,8 @@ def trajectory_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     metrics |= _spread("env/number_of_actions", [len(trajectory.turns) for trajectory in trajectories])
     metrics |= _spread("response_length", sampled)
     metrics |= _spread("prompt_length", [len(trajectory.prompt_ids) for trajectory in trajectories])
+    rejected = Counter(turn.fault or "other" for turn in turns if turn.fault or turn.note)
+    metrics |= {f"env/rejected/{kind}": number / count for kind, number in rejected.items()}
     return metrics | ({"env/gold_recall": _mean(recalls)} if recalls else {})
 
 
@@ -89,12 +91,18 @@ def _groups_with_variance(samples: Sequence[Sample]) -> dict[str, float]:
     return {"reward/groups_with_variance": _mean([float(len(scores) > 1) for scores in groups.values()])}
 
 
-def _part_means(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def part_means(samples: Sequence[Sample]) -> dict[str, float]:
+    """Return the mean of every part of the rewards, over those that have it, and `accuracy` in any case."""
     values: dict[str, list[float]] = defaultdict(list)
-    for outcome in parts:
-        for name, value in outcome.items():
+    for sample in samples:
+        for name, value in accuracy_and_parts(sample).items():
             values[name].append(value)
-    return {f"reward/{name}": _mean(column) for name, column in values.items()}
+    return {name: _mean(column) for name, column in values.items()}
+
+
+def accuracy_and_parts(sample: Sample) -> dict[str, float]:
+    """Return the parts of a sample's reward; its accuracy is the generator's where the reward has none of its own."""
+    return {"accuracy": float(sample.outcome.correct), **sample.outcome.parts}
 
 
 def _spread(name: str, values: Sequence[float]) -> dict[str, float]:

@@ -8,12 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from verl.agent.protocols import Sampling
-from verl.trainer.metrics import trajectory_metrics
+from verl.trainer.metrics import accuracy_and_parts, part_means, trajectory_metrics
 from verl.trainer.rollouts import Progress, Rollouts, flat
 from verl.trainer.sentinel import Sentinel
 from verl.trajectories import append_trajectories
 from verl.types import Question
 from verl.workers.rollout import Sample
+
+HEADLINES = ("ndcg", "accuracy", "recall")
+"""Parts of a reward that are what its task is measured by."""
+
+_RECALL_AT = (5, 20, 50, 100)
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Validator:
     sentinel: Sentinel
 
     def run(self, pool: Rollouts, step: int, progress: Progress | None = None) -> dict[str, float]:
-        """Return `val/...` metrics: accuracy over all questions and by kind, score, and how the policy searched.
+        """Return `val/...` metrics, see `validation_metrics`.
 
         A question that failed is counted in `val/failed` and left out of the means.
 
@@ -48,17 +53,32 @@ class Validator:
 
 
 def validation_metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    """Summarise scored validation samples."""
+    """Summarise scored validation samples.
+
+    `val/score` is the mean reward, `val/PART` that of each of its parts (`val/ndcg`, `val/recall`, `val/hit@20`), also
+    under the name `val/recall@k` that DeepRetrieval gives `hit@k`; `val/accuracy` also comes by kind of question, and
+    `val/test_score/SOURCE` is by source the first of `HEADLINES` that the reward has, else its score. Besides, how the
+    policy searched.
+    """
     scored = [sample for sample in samples if not sample.outcome.failed]
     metrics = {"val/n": float(len(samples)), "val/failed": float(len(samples) - len(scored))}
     if not scored:
         return metrics
-    kinds: dict[str, list[float]] = defaultdict(list)
+    named: dict[str, list[float]] = defaultdict(list)
     for sample in scored:
-        kinds["accuracy"].append(float(sample.outcome.correct))
-        kinds["score"].append(sample.outcome.score)
-        if sample.trajectory.question.kind:
-            kinds[f"accuracy/{sample.trajectory.question.kind}"].append(float(sample.outcome.correct))
-    metrics |= {f"val/{name}": sum(values) / len(values) for name, values in kinds.items()}
+        question, parts = sample.trajectory.question, accuracy_and_parts(sample)
+        named["score"].append(sample.outcome.score)
+        named[f"test_score/{question.source}"].append(_headline(sample))
+        if question.kind:
+            named[f"accuracy/{question.kind}"].append(parts["accuracy"])
+    means = part_means(scored)
+    means |= {f"recall@{k}": means[f"hit@{k}"] for k in _RECALL_AT if f"hit@{k}" in means}
+    means |= {name: sum(values) / len(values) for name, values in named.items()}
+    metrics |= {f"val/{name}": value for name, value in means.items()}
     played = trajectory_metrics([sample.trajectory for sample in scored])
     return metrics | {f"val/{name.removeprefix('env/')}": value for name, value in played.items()}
+
+
+def _headline(sample: Sample) -> float:
+    parts = sample.outcome.parts
+    return next((parts[name] for name in HEADLINES if name in parts), sample.outcome.score)
