@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 
 from verl.errors import ConfigError, GeneratorError
 from verl.rewards.text import span_match
-from verl.types import Document, Question, RewardOutcome, Trajectory
+from verl.types import Document, Question, RewardOutcome, SqlResult, Trajectory
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,21 @@ class Entailment(Protocol):
         ...
 
 
+class Sql(Protocol):
+    """The databases of a data set; bounds its own concurrency and what a statement may take."""
+
+    async def __call__(self, question: Question, sql: str, keep: bool = False) -> SqlResult:
+        """Run one statement in the database of `question`; whatever comes of it is a result.
+
+        Args:
+            keep: the result may be kept, and given again for the same statement: for golds.
+
+        Raises:
+            RetrieverError: nothing can be run at all.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Tools:
     """What some rewards ask besides the generator's answer; None where it is not to be had.
@@ -116,6 +131,7 @@ class Tools:
     likelihood: Likelihood | None = None
     sampler: Sampler | None = None
     entailment: Entailment | None = None
+    sql: Sql | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +261,13 @@ class Evidence:
             raise missing_tool("entailment")
         return self._tools.entailment
 
+    @property
+    def sql(self) -> Sql:
+        """Runs SQL; ConfigError where there is none."""
+        if self._tools.sql is None:
+            raise missing_tool("sql")
+        return self._tools.sql
+
     async def _ask(self) -> Verdict:
         answered = await self._answer(self.question, self.documents)
         return await judge_answer(self.question, answered, self._judge, self._judging)
@@ -255,6 +278,7 @@ _HOW_TO_GET = {
     "sampler": "pass Tools(sampler=...), a generator that returns sampled answers with their log-probabilities",
     "entailment": "set the reward's entailment.model to an NLI cross-encoder, for example "
     "microsoft/deberta-base-mnli, or its entailment.kind=same_normalised",
+    "sql": "set the reward's sql.databases to the folder of the databases",
 }
 
 

@@ -28,13 +28,14 @@ def check(config: TrainConfig, questions: Sequence[Question]) -> None:
         ConfigError: every problem found, each with its fix, in one message; or, where the settings are fine, what the
             questions lack for the configured reward, for example their baseline.
     """
-    checks = (_batches, _groups, _kl, _sampling, _lengths, _engine, _devices, _tracking)
+    checks = (_batches, _groups, _kl, _sampling, _lengths, _engine, _devices, _tracking, _databases)
     problems = [problem for find in checks for problem in find(config)]
     if problems:
         raise ConfigError("; also: ".join(problems))
     try:
         judge = _never if config.judge else None
-        Scorer(config.reward, _never, judge, Tools(likelihood=_never, sampler=_never)).validate(questions)
+        tools = Tools(likelihood=_never, sampler=_never, sql=_never if config.reward.sql else None)
+        Scorer(config.reward, _never, judge, tools).validate(questions)
     except DataError as cause:
         raise ConfigError(f"data.train and data.validation do not fit the reward: {cause}") from cause
 
@@ -151,6 +152,12 @@ def _tracking(config: TrainConfig) -> Iterator[str]:
     for backend in config.tracking.backends:
         if importlib.util.find_spec(backend) is None:
             yield f"tracking.backends names {backend}, which is not installed; pip install {backend}, or leave it out"
+
+
+def _databases(config: TrainConfig) -> Iterator[str]:
+    sql = config.reward.sql
+    if sql is not None and not sql.databases.is_dir():
+        yield f"reward.sql.databases={sql.databases} is no folder; name the folder of the databases"
 
 
 def _tokenizer(path: str) -> PreTrainedTokenizerBase:

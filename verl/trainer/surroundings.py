@@ -14,6 +14,7 @@ from generator_llms.judge import LLMJudge
 from verl.agent.grammar.base import Message
 from verl.agent.grammar.registry import SearchConfig, build_grammar
 from verl.retrieval.client import RetrieverClient, RetrieverClientConfig
+from verl.retrieval.engines.sql import SqlEngine
 from verl.rewards.evidence import Tools
 from verl.rewards.registry import RewardConfig, Scorer
 from verl.workers.rollout import Surroundings
@@ -37,7 +38,8 @@ class ServiceSurroundings:
         generator = GeneratorClient(self.generator)
         judging = GeneratorClient(self.judge_generator) if self.judge_generator else generator
         judge = LLMJudge(judging.complete) if self.judge else None
-        tools = Tools(likelihood=generator.answer_logprobs, sampler=generator.samples)
+        sql = SqlEngine(self.reward.sql) if self.reward.sql else None
+        tools = Tools(likelihood=generator.answer_logprobs, sampler=generator.samples, sql=sql)
         scorer = Scorer(self.reward, generator.answer, judge, tools)
 
         async def complete(messages: Sequence[Message]) -> str:
@@ -45,7 +47,7 @@ class ServiceSurroundings:
 
         async def close() -> None:
             async with AsyncExitStack() as stack:
-                for client in dict.fromkeys((judging, generator, retriever)):
+                for client in dict.fromkeys((judging, generator, retriever, *([sql] if sql else []))):
                     stack.push_async_callback(client.aclose)
 
         tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
