@@ -29,6 +29,7 @@ COMMANDS: dict[str, Command] = {
     "precompute": Command("data_preprocess.rag_cache", "answer questions by naive RAG: round-0 documents and baseline"),
     "import-cache": Command("data_preprocess.published_cache", "make baselines of a published rag_cache.json"),
     "train": Command("verl.trainer.main_ppo", "train a searcher"),
+    "query-quickstart": Command("verl.trainer.query_quickstart", "DeepRetrieval on the embedded world, offline"),
     "verify-resume": Command(
         "verl.trainer.verify_resume", "prove that a killed and resumed training equals an unbroken one"
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerFast
 
-from data_preprocess.world.language import names, sentence
+from data_preprocess.world.language import RELATIONS, names, question_text, sentence
 from data_preprocess.world.lessons import Chain, Lesson, LessonMaker, chains, draw_facts
 from verl.agent.grammar.deepretrieval import DeepRetrievalConfig, DeepRetrievalGrammar
 from verl.agent.grammar.ircot import IRCoTConfig, IRCoTGrammar
@@ -15,6 +15,7 @@ from verl.types import Question, SearchResult, Turn
 
 DONE = " <search_complete>Yes</search_complete>"
 TWO_HOP = 0.65
+OTHER_WORDS = 0.6  # share of DeepRetrieval's questions in other words than the passage
 _END = "<|im_end|>"
 
 Facts = dict[str, dict[str, str]]
@@ -24,14 +25,18 @@ class AgentLessons:
     """Draws trajectories of the baselines' protocols.
 
     Args:
-        expert: share that is played well. Otherwise a search agent answers with the first thing it finds, and a query
-            keeps the question's wording.
+        expert: share that is played well. Otherwise a search agent answers with the first thing it finds.
+        rewriting: share of DeepRetrieval's queries that are in the words of the passages; the others keep the
+            question's wording.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, expert: float = 1.0) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, seed: int, expert: float = 1.0, rewriting: float = 1.0
+    ) -> None:
         self._maker = LessonMaker(tokenizer, seed)
         self._rng = self._maker.rng
         self._expert = expert
+        self._rewriting_share = rewriting
         self._search_r1 = SearchR1Grammar(SearchR1Config(prompt="compact"))
         self._search_o1 = SearchO1Grammar(SearchO1Config(prompt="compact", condense=False))
         self._ircot = IRCoTGrammar(IRCoTConfig(prompt="compact"))
@@ -87,13 +92,12 @@ class AgentLessons:
         return self._maker.trajectory([(prompt, False), (reply, True)])
 
     def deepretrieval(self) -> Lesson:
-        """One query for the first hop, in the words of the passages if it is played well."""
-        facts = self._facts()
-        chain = self._rng.choice(chains(facts)[0])
-        question = self._question(chain)
+        """One query for the first hop, in the words of the passages or in the question's."""
+        chain = self._rng.choice(chains(self._facts())[0])
         (subject,), (relation,) = chain.subjects, chain.relations
-        worded = question.text.removeprefix("Who is the ").partition(" of ")[0]
-        used = relation if self._rng.random() < self._expert else worded
+        worded = RELATIONS[relation] if self._rng.random() < OTHER_WORDS else relation
+        question = Question("", question_text(subject, [worded]), (chain.answer,), "world")
+        used = relation if self._rng.random() < self._rewriting_share else worded
         prompt = self._maker.chat(self._rewriting.prompt_messages(question))
         reply = f'<think>{used}</think>\n<answer>{{"query": "{used} of {subject}"}}</answer>'
         return self._maker.trajectory([(prompt, False), (reply, True)])

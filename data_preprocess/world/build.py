@@ -83,14 +83,15 @@ def build(config: WorldConfig, folder: Path) -> WorldFiles:
     documents, splits = draw(config)
     files = WorldFiles(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_corpus(files.corpus, documents)
+    write_corpus(files.corpus, documents)
     for split, questions in splits.items():
         write_questions(files.questions(split), questions, split)
         logger.info("%s: %d questions", files.questions(split), len(questions))
     return files
 
 
-def _write_corpus(path: Path, documents: Iterable[Document]) -> None:
+def write_corpus(path: Path, documents: Iterable[Document]) -> None:
+    """Write a `contents` jsonl corpus, whole or not at all."""
     partial = path.with_suffix(".partial")
     with partial.open("w", encoding="utf-8") as stream:
         for document in documents:

@@ -24,6 +24,7 @@ from data_preprocess.world.lessons import Lesson, LessonMaker
 logger = logging.getLogger(__name__)
 
 ROPE_THETA = 1e6  # leaves most rotary planes nearly still over a context, free to match content
+MICRO_BATCH_TOKENS = 1024
 FACT_WEIGHT = 3.0  # a looked-up fact is one token in ten, and all of the difficulty
 
 
@@ -109,7 +110,7 @@ def pack(lessons: list[Lesson], pad: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def lesson_loss(model: nn.Module, ids: Tensor, labels: Tensor, facts: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy over learned tokens, and the share of looked-up facts that is predicted right.
+    """Summed cross-entropy over learned tokens, facts weighted, and how many looked-up facts are predicted right.
 
     Rows are right-padded and attention is causal, so no mask is needed: nothing real ever sees padding.
     """
@@ -118,10 +119,44 @@ def lesson_loss(model: nn.Module, ids: Tensor, labels: Tensor, facts: Tensor) ->
     learned = target != -100
     logits = model.lm_head(hidden[learned]).float()
     fact = facts[:, 1:][learned]
-    weights = 1.0 + (FACT_WEIGHT - 1.0) * fact
     losses = nn.functional.cross_entropy(logits, target[learned], reduction="none")
-    right = (logits.argmax(-1) == target[learned]).float()
-    return (losses * weights).sum() / weights.sum(), right[fact].mean()
+    right = logits.argmax(-1) == target[learned]
+    return (losses * _weights(fact)).sum(), right[fact].sum()
+
+
+def _weights(fact: Tensor) -> Tensor:
+    return 1.0 + (FACT_WEIGHT - 1.0) * fact
+
+
+def accumulate(model: nn.Module, lessons: list[Lesson], pad: int) -> tuple[float, float]:
+    """Add the gradient of one step's mean loss; return the loss and the share of facts predicted right (NaN of none).
+
+    Lessons of like length go through the model together, because padding would cost as much as tokens do.
+    """
+    learned = [f for lesson in lessons for f, mark in zip(lesson.facts[1:], lesson.learned[1:], strict=True) if mark]
+    total = _weights(torch.tensor(learned)).sum().item()
+    loss_sum = right_sum = 0.0
+    for rows in _of_like_length(lessons):
+        with torch.autocast("cpu", torch.bfloat16, enabled=computes_in_bfloat16()):
+            loss, right = lesson_loss(model, *pack(rows, pad))
+        (loss / total).backward()
+        loss_sum, right_sum = loss_sum + loss.item(), right_sum + right.item()
+    return loss_sum / total, right_sum / sum(learned) if any(learned) else math.nan
+
+
+def computes_in_bfloat16() -> bool:
+    """Whether this CPU has bfloat16 arithmetic; one that has not takes ten times as long for it as for float32."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _of_like_length(lessons: list[Lesson]) -> list[list[Lesson]]:
+    """Cut lessons, sorted by length, into groups of at most MICRO_BATCH_TOKENS, padding included."""
+    groups: list[list[Lesson]] = []
+    for lesson in sorted(lessons, key=lambda lesson: len(lesson.ids)):
+        if not groups or len(lesson.ids) * (len(groups[-1]) + 1) > MICRO_BATCH_TOKENS:
+            groups.append([])
+        groups[-1].append(lesson)
+    return groups
 
 
 def learning_rate(config: PretrainConfig, step: int, done: float) -> float:
@@ -145,30 +180,27 @@ def pretrain(
     tokens, step, started = 0, 0, time.monotonic()
     while tokens < config.tokens:
         lessons = draw(maker, level)
-        ids, labels, facts = pack(lessons, tokenizer.pad_token_id)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step, tokens / config.tokens)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss, right = lesson_loss(model, ids, labels, facts)
-        loss.backward()
+        loss, right = accumulate(model, lessons, tokenizer.pad_token_id)
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         tokens += sum(len(lesson.ids) for lesson in lessons)
         step += 1
-        if not right.isnan():
-            recent.append(right.item())
+        if not math.isnan(right):
+            recent.append(right)
         if len(recent) == 20 and sum(recent) / 20 > 0.8 and level < config.max_documents:
             level += 1
             recent.clear()
         if step % 25 == 0:
             logger.info(
                 "step %d tokens %.2fM loss %.3f facts %.3f level %d norm %.2f %.0f tok/s",
-                *(step, tokens / 1e6, loss.item(), sum(recent) / max(len(recent), 1), level, norm.item()),
+                *(step, tokens / 1e6, loss, sum(recent) / max(len(recent), 1), level, norm.item()),
                 tokens / (time.monotonic() - started),
             )
-            if not math.isfinite(loss.item()):
-                raise FloatingPointError(f"loss became {loss.item()} at step {step}; lower the learning rate")
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"loss became {loss} at step {step}; lower the learning rate")
         if save and step % 200 == 0:
             save_model(model, tokenizer, save)
     if save:

@@ -50,12 +50,15 @@ class Recipe:
     Attributes:
         expert: share of the searcher's demonstrations that are played well.
         agent_expert: the same of the agent's.
+        agent_rewriting: share of the agent's DeepRetrieval queries that are in the words of the passages; low, so that
+            the untrained policy repeats the question and training has something to win.
         scale: multiplies every token budget; below 1 only to try the script.
     """
 
     seed: int = 0
     expert: float = 0.25
     agent_expert: float = 0.6
+    agent_rewriting: float = 0.25
     scale: float = 1.0
 
 
@@ -75,7 +78,7 @@ def train_searcher(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, generator
 def train_agent(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, generator: Path, folder: Path) -> None:
     """Tune the pretrained model on demonstrations in the protocols of the baselines."""
     config = _scaled(AGENT_DEMONSTRATIONS, recipe)
-    lessons = AgentLessons(tokenizer, config.seed, recipe.agent_expert)
+    lessons = AgentLessons(tokenizer, config.seed, recipe.agent_expert, recipe.agent_rewriting)
     pretrain(_load(generator), tokenizer, config, folder, lambda maker, level: fill(lessons.any, config.batch_tokens))
 
 

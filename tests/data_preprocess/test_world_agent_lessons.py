@@ -74,11 +74,11 @@ async def test_the_real_loop_replays_every_trajectory(
     assert set(searches) == ({1, 2} if expert else {1})
 
 
-@pytest.mark.parametrize("expert", [1.0, 0.0])
-async def test_a_rewriting_lesson_translates_if_it_is_played_well(
-    tokenizer: PreTrainedTokenizerFast, expert: float
+@pytest.mark.parametrize("rewriting", [1.0, 0.0])
+async def test_a_rewriting_lesson_translates_in_the_share_that_is_asked_for(
+    tokenizer: PreTrainedTokenizerFast, rewriting: float
 ) -> None:
-    lessons = AgentLessons(tokenizer, 6, expert)
+    lessons = AgentLessons(tokenizer, 6, rewriting=rewriting)
     translated: Counter[bool] = Counter()
     for _ in range(60):
         lesson = lessons.deepretrieval()
@@ -95,7 +95,7 @@ async def test_a_rewriting_lesson_translates_if_it_is_played_well(
         assert used[1] == asked[1] and used[0] in (asked[0], worded(trajectory)[0])
         if asked[0] != worded(trajectory)[0]:
             translated[used[0] != asked[0]] += 1
-    assert set(translated) == {bool(expert)}
+    assert set(translated) == {bool(rewriting)}
 
 
 def test_a_step_of_ircot_is_asked_for_as_the_grammar_asks(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -11,10 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2ForCausalLM
 
+from data_preprocess.world import pretrain as pretrain_module
 from data_preprocess.world.lessons import Lesson
 from data_preprocess.world.pretrain import (
     FACT_WEIGHT,
     PretrainConfig,
+    accumulate,
     fill,
     learning_rate,
     lesson_loss,
@@ -101,11 +103,31 @@ def test_the_loss_weighs_looked_up_facts_more() -> None:
     for before, after, probability in ((6, 7, 0.5), (7, 8, 0.25), (9, 10, 0.125)):
         table[before, after], table[before, 0] = math.log(probability), math.log(1 - probability)
     loss, right = lesson_loss(Fixed(table), *pack([FIRST, SECOND], pad=0))
-    expected = (math.log(2) + FACT_WEIGHT * math.log(4) + math.log(8)) / (2 + FACT_WEIGHT)
+    expected = math.log(2) + FACT_WEIGHT * math.log(4) + math.log(8)
     assert loss.item() == pytest.approx(expected, rel=1e-6)
     assert right.item() == 0, "the one fact's best guess is 0, not 8"
     table[7, 8] = 0.0
     assert lesson_loss(Fixed(table), *pack([FIRST, SECOND], pad=0))[1].item() == 1
+
+
+def test_a_step_averages_over_all_its_lessons_however_they_are_cut(
+    model: Qwen2ForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step() -> tuple[float, float, Tensor]:
+        model.zero_grad()
+        loss, right = accumulate(model, [FIRST, SECOND, FIRST], pad=0)
+        return loss, right, model.lm_head.weight.grad.clone()
+
+    loss, right, gradient = step()
+    whole, _ = lesson_loss(model, *pack([FIRST, SECOND, FIRST], pad=0))
+    model.zero_grad()
+    (whole / (3 + 2 * FACT_WEIGHT)).backward()
+    assert loss == pytest.approx(whole.item() / (3 + 2 * FACT_WEIGHT), rel=1e-5) and right in (0.0, 1.0)
+    torch.testing.assert_close(gradient, model.lm_head.weight.grad)
+    monkeypatch.setattr(pretrain_module, "MICRO_BATCH_TOKENS", 1)
+    cut = step()
+    assert cut[0] == pytest.approx(loss, rel=1e-5)
+    torch.testing.assert_close(cut[2], gradient)
 
 
 def test_padding_and_what_is_not_learned_do_not_reach_the_loss(model: Qwen2ForCausalLM) -> None:
