@@ -92,6 +92,18 @@ class TrainBatch(Batch):
         return cls(**{f.name: getattr(batch, f.name) for f in fields(batch)} | tensors)
 
 
+@dataclass(frozen=True)
+class WeightedBatch(Batch):
+    """Rows to learn from. A row may hold several sequences one after the other; `position_ids` start at 0 with each.
+
+    Attributes:
+        token_weights: (B, S) float32, what the negative log-likelihood of a token counts in the loss; 0 outside
+            `action_mask`, the learned tokens.
+    """
+
+    token_weights: Tensor | None = None
+
+
 _DTYPES = {
     "input_ids": torch.int64,
     "attention_mask": torch.bool,
@@ -99,6 +111,7 @@ _DTYPES = {
     "position_ids": torch.int64,
     "group_ids": torch.int64,
     "rollout_logprobs": torch.float32,
+    "token_weights": torch.float32,
     "old_logprobs": torch.float32,
     "ref_logprobs": torch.float32,
     "values": torch.float32,

@@ -98,6 +98,9 @@ CONSOLE_KEYS = {
     "critic/kl": "kl",
     "actor/grad_norm": "grad",
     "val/accuracy": "val acc",
+    "sft/loss": "loss",
+    "sft/grad_norm": "grad",
+    "val/loss": "val loss",
     "timing_s/step": "s",
 }
 

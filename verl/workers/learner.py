@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from verl.algorithms.balance import pack_rows
-from verl.batch import Batch, TrainBatch
+from verl.batch import Batch
 from verl.workers.heads import LogProbModel, ValueModel
 from verl.workers.micro_batch import mini_batches, padded, rank_micro_batches, take
 from verl.workers.model import ModelConfig, Residence, shard, to_shards
@@ -42,8 +42,8 @@ class LossOutput:
     means: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
-LossFunction = Callable[[TrainBatch, Tensor], LossOutput]
-"""From a micro-batch and the normaliser (the mini-batch's count / ranks) to its share of the loss."""
+LossFunction = Callable[[Any, Tensor], LossOutput]
+"""From a micro-batch of the batch's class and the normaliser (mini-batch's count / ranks) to its share of the loss."""
 
 Count = Callable[[Tensor], Tensor]
 """From an action mask (B, S) to the number by which a loss is normalised: of its tokens, or of its sequences."""
@@ -105,7 +105,7 @@ class Learner(Generic[M]):
         self._residence.wake()
         return infer(self.model, batch, forward, self._plan.inference_tokens, self._ranks)
 
-    def _update(self, batch: TrainBatch, loss: LossFunction, count: Count) -> dict[str, float]:
+    def _update(self, batch: Batch, loss: LossFunction, count: Count) -> dict[str, float]:
         """Take one optimizer step per mini-batch.
 
         Args:
@@ -136,7 +136,7 @@ class Learner(Generic[M]):
         return averages | {name: float(value) for name, value in counts.items()}
 
     def _mini_batch(
-        self, batch: TrainBatch, lengths: list[int], rows: list[int], loss: LossFunction, normalizer: Tensor
+        self, batch: Batch, lengths: list[int], rows: list[int], loss: LossFunction, normalizer: Tensor
     ) -> dict[str, float] | None:
         """Take one optimizer step and return its stats, or None if the loss or the gradient was not finite."""
         budget = self._plan.micro_batch_tokens

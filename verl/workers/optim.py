@@ -51,6 +51,9 @@ class OptimConfig:
             raise ValueError(f"warmup_ratio={self.warmup_ratio}, min_lr_ratio={self.min_lr_ratio}; both are shares")
         if self.warmup_steps is not None and self.warmup_steps < 0:
             raise ValueError(f"warmup_steps={self.warmup_steps} is negative")
+        self._check_length()
+
+    def _check_length(self) -> None:
         if self.total_steps is None and (self.schedule != "constant" or self._warmup_is_a_share):
             raise ValueError(f"schedule={self.schedule}, warmup_ratio={self.warmup_ratio} need total_steps")
 
