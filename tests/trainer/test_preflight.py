@@ -152,6 +152,19 @@ def test_a_tracker_that_is_not_installed(model: Path) -> None:
             preflight.check(composed(model, override), ASKED)
 
 
+def test_a_literature_service_has_bounds_and_wants_dates(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    asked = ["search.topk=20000", "literature.engine=pubmed"]
+    message = refused(model, *asked)
+    assert "search.topk=20000 exceeds the 9999 records that pubmed gives for a query; lower it" in message
+    dated = replace(ASKED[0], extra={"pub_date": "2015/03/01"})
+    preflight.check(composed(model, "literature.engine=pubmed"), [dated, ASKED[1]])
+    assert "1 of 2 questions have no extra.pub_date" in caplog.text
+    caplog.clear()
+    preflight.check(composed(model, "literature.engine=ctgov"), ASKED)
+    preflight.check(composed(model), ASKED)
+    assert "pub_date" not in caplog.text
+
+
 def test_a_question_without_its_baseline(model: Path) -> None:
     with pytest.raises(ConfigError, match=r"1 of 3 questions have no naive-RAG baseline.*world/C.*precompute"):
         preflight.check(composed(model), [*ASKED, question("C")])

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from verl.agent.grammar.base import Action, Grammar, Message, Observation
-from verl.agent.protocols import Generation, PerQuestion, PolicyEngine, Sampling, Search
+from verl.agent.protocols import Generation, PolicyEngine, Sampling, Search, bound_to
 from verl.errors import EngineError, GeneratorError, GrammarError, RetrieverError
 from verl.types import Question, Role, SearchResult, Segment, Stop, Trajectory, Turn
 
@@ -130,7 +130,7 @@ class _Episode:
         self.question = question
         self.grammar = grammar
         self.engine = engine
-        self.search = search.bound(question) if isinstance(search, PerQuestion) else search
+        self.search = bound_to(search, question)
         self.tokenizer = tokenizer
         self.sampling = sampling
         self.prompt_ids = chat_prompt(tokenizer, grammar.prompt_messages(question))

@@ -76,3 +76,8 @@ class PerQuestion(Protocol):
     def bound(self, question: Question) -> Search:
         """Return the search for the queries of one question."""
         ...
+
+
+def bound_to(search: Search, question: Question) -> Search:
+    """Return `search` as it is for one question; most are the same for all."""
+    return search.bound(question) if isinstance(search, PerQuestion) else search

@@ -41,9 +41,12 @@ from verl.evaluation.journal import (
     write_whole,
 )
 from verl.evaluation.remote_engine import RemoteConfig, RemoteEngine, Transcript
+from verl.evaluation.scripted import TitleOracle
 from verl.records import read_questions
 from verl.retrieval.client import RetrieverClient, RetrieverClientConfig
 from verl.retrieval.corpus import Corpus
+from verl.retrieval.engines.choice import open_search
+from verl.retrieval.engines.literature import LiteratureConfig, LiteratureSearch
 from verl.trajectories import trajectory_from_record, trajectory_record
 from verl.typed import nearest
 from verl.types import Document, Question, Role, Stop, Trajectory
@@ -230,6 +233,7 @@ class CollectConfig:
         remote: the endpoint that serves the searcher, in place of `engine`.
         search: the searcher's protocol.
         initial_k: a searcher starts from so many documents found for the question itself; 0 takes the question's own.
+        literature: the literature service that naive RAG and searchers search in place of the retriever.
         condenser: the model that condenses for Search-o1; the searcher's own if None.
         condenser_tokens: longest reply of the searcher's own model as the condenser.
     """
@@ -248,6 +252,7 @@ class CollectConfig:
     condenser_tokens: int = 512
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     retriever: RetrieverClientConfig = field(default_factory=RetrieverClientConfig)
+    literature: LiteratureConfig | None = None
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
@@ -272,9 +277,15 @@ class Prepared:
     parameters: Mapping[str, Any]
 
 
+async def _search(config: CollectConfig, stack: AsyncExitStack) -> tuple[RetrieverClient | LiteratureSearch, str]:
+    """Open what is searched, and say what it is."""
+    search = await stack.enter_async_context(open_search(config.retriever, config.literature))
+    known = config.literature
+    return search, known.engine if known else await retriever_identity(config.retriever.url)
+
+
 async def _naive_rag(config: CollectConfig, questions: Sequence[Question], stack: AsyncExitStack) -> Prepared:
-    search = await stack.enter_async_context(RetrieverClient(config.retriever))
-    identity = await retriever_identity(config.retriever.url)
+    search, identity = await _search(config, stack)
     return Prepared(NaiveRag(search, config.topk), {"retriever": identity, "topk": config.topk})
 
 

@@ -14,7 +14,7 @@ from typing import Protocol
 from data_preprocess.readers.mirage import retrieval_query
 from verl.agent.grammar.base import Grammar
 from verl.agent.loop import Tokenizer, derive_seed, run
-from verl.agent.protocols import PolicyEngine, Sampling, Search
+from verl.agent.protocols import PolicyEngine, Sampling, Search, bound_to
 from verl.errors import RetrieverError
 from verl.rewards.recall import title_key
 from verl.types import Document, Question, SearchResult, Stop, Trajectory, Turn
@@ -55,7 +55,7 @@ class NaiveRag:
     async def __call__(self, question: Question) -> Gathered:
         """Search once."""
         query = retrieval_query(question)
-        result = await _search_once(self._search, query, self._topk)
+        result = await _search_once(bound_to(self._search, question), query, self._topk)
         turn = Turn(segments=(), text="", query=query, finished=True, result=result)
         return Gathered(Trajectory(question, (), (turn,), Stop.FINISHED, result.documents))
 
@@ -115,7 +115,8 @@ class Searcher:
     async def __call__(self, question: Question) -> Gathered:
         """Play one trajectory."""
         if self._initial_k:
-            found = await _search_once(self._search, retrieval_query(question), self._initial_k)
+            search = bound_to(self._search, question)
+            found = await _search_once(search, retrieval_query(question), self._initial_k)
             question = replace(question, initial_documents=found.documents)
         seed = derive_seed(self._sampling.seed, zlib.crc32(question.id.encode()))
         sampling = replace(self._sampling, seed=seed)

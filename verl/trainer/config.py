@@ -10,6 +10,7 @@ from verl.agent.grammar.registry import SearchConfig
 from verl.agent.grammar.s3 import S3Config
 from verl.agent.protocols import Sampling
 from verl.retrieval.client import RetrieverClientConfig
+from verl.retrieval.engines.literature import LiteratureConfig
 from verl.rewards.registry import RewardConfig
 from verl.single_controller.cluster import RayConfig
 from verl.single_controller.placement import HardwareConfig
@@ -94,10 +95,25 @@ class RunConfig:
     sentinel: SentinelConfig = field(default_factory=SentinelConfig)
 
     def __post_init__(self) -> None:
-        if self.total_steps < 1:
-            raise ValueError(f"total_steps={self.total_steps}; expected at least 1")
+        for name in ("total_steps", "epochs"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}; expected at least 1")
+        if self.total_steps is None and self.epochs is None:
+            raise ValueError("total_steps=null, epochs=null; nothing ends the run, set one of them")
         if self.max_restarts < 0 or self.test_freq < 0:
             raise ValueError(f"max_restarts={self.max_restarts}, test_freq={self.test_freq}; expected 0 or more")
+
+    @property
+    def last_step(self) -> int:
+        """The step that ends the run.
+
+        Raises:
+            ValueError: it depends on the number of questions; see `TrainConfig.over`.
+        """
+        if self.total_steps is None:
+            raise ValueError("the run's epochs are not counted in steps yet; call TrainConfig.over first")
+        return self.total_steps
 
 
 @dataclass(frozen=True)
@@ -105,7 +121,8 @@ class TrainConfig:
     """A training run. `model` is what actor, critic, reference and engine start from unless they say otherwise.
 
     `judge` lets a model judge answers that match no gold literally: `judge_generator`, or as published the frozen
-    generator itself where that is None.
+    generator itself where that is None. `literature` is the service that is searched in place of the retriever: PubMed
+    or ClinicalTrials.gov.
     """
 
     model: ModelConfig
@@ -118,6 +135,7 @@ class TrainConfig:
     search: SearchConfig = field(default_factory=S3Config)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     retriever: RetrieverClientConfig = field(default_factory=RetrieverClientConfig)
+    literature: LiteratureConfig | None = None
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     judge: bool = False
     judge_generator: GeneratorConfig | None = None

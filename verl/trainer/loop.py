@@ -119,6 +119,8 @@ def ray_workers(config: TrainConfig) -> Iterator[tuple[SavedLearners, Rollouts]]
         config.reward,
         config.judge,
         config.judge_generator,
+        config.literature,
+        config.hardware.engines,
     )
     worker_config = TrainWorkerConfig(
         actor=config.actor,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,11 +12,14 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from verl.algorithms.kl import MAX_ERROR
 from verl.errors import ConfigError, DataError
+from verl.retrieval.engines.literature import PUB_DATE
 from verl.rewards.evidence import Tools
 from verl.rewards.registry import Scorer
 from verl.trainer.config import TrainConfig
 from verl.types import Question
 from verl.workers.engines import why_not_updatable
+
+logger = logging.getLogger(__name__)
 
 
 def check(config: TrainConfig, questions: Sequence[Question]) -> None:
@@ -28,10 +32,11 @@ def check(config: TrainConfig, questions: Sequence[Question]) -> None:
         ConfigError: every problem found, each with its fix, in one message; or, where the settings are fine, what the
             questions lack for the configured reward, for example their baseline.
     """
-    checks = (_batches, _groups, _kl, _sampling, _lengths, _engine, _devices, _tracking, _databases)
+    checks = (_batches, _groups, _kl, _sampling, _lengths, _engine, _devices, _tracking, _databases, _literature)
     problems = [problem for find in checks for problem in find(config)]
     if problems:
         raise ConfigError("; also: ".join(problems))
+    _warn_of_dates(config, questions)
     try:
         judge = _never if config.judge else None
         tools = Tools(likelihood=_never, sampler=_never, sql=_never if config.reward.sql else None)
@@ -158,6 +163,27 @@ def _databases(config: TrainConfig) -> Iterator[str]:
     sql = config.reward.sql
     if sql is not None and not sql.databases.is_dir():
         yield f"reward.sql.databases={sql.databases} is no folder; name the folder of the databases"
+
+
+def _literature(config: TrainConfig) -> Iterator[str]:
+    searched = config.literature
+    if searched is not None and config.search.topk > searched.max_topk:
+        yield (
+            f"search.topk={config.search.topk} exceeds the {searched.max_topk} records that {searched.engine} gives "
+            "for a query; lower it"
+        )
+
+
+def _warn_of_dates(config: TrainConfig, questions: Sequence[Question]) -> None:
+    """Say how many questions would be answered from what was published after them."""
+    undated = sum(PUB_DATE not in question.extra for question in questions)
+    if config.literature is not None and config.literature.dated and undated:
+        logger.warning(
+            "%d of %d questions have no extra.%s: nothing limits their search to what was published before them",
+            undated,
+            len(questions),
+            PUB_DATE,
+        )
 
 
 def _tokenizer(path: str) -> PreTrainedTokenizerBase:

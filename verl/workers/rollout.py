@@ -16,7 +16,7 @@ from torch import Tensor
 
 from verl.agent import loop
 from verl.agent.grammar.base import Grammar
-from verl.agent.protocols import Sampling, Search
+from verl.agent.protocols import PolicyEngine, Sampling, Search, bound_to
 from verl.errors import EngineError
 from verl.types import Question, RewardOutcome, SearchResult, Trajectory
 from verl.workers.engines import EngineConfig, RolloutEngine, create_engine
@@ -69,7 +69,8 @@ class RolloutWorker:
 
     async def sample(self, question: Question, seeds: Sequence[int | None], sampling: Sampling) -> list[Sample]:
         """Play one question once per seed, concurrently (the samples share their prompt's cache)."""
-        return list(await asyncio.gather(*(self._one(question, replace(sampling, seed=seed)) for seed in seeds)))
+        engine, around = self._ready
+        return list(await asyncio.gather(*(play(question, engine, around, replace(sampling, seed=s)) for s in seeds)))
 
     async def update_weights(self, weights: dict[str, Tensor] | Iterable[tuple[str, Tensor]], version: int) -> int:
         """Replace the policy's weights between generations; returns `version`."""
@@ -131,15 +132,16 @@ class RolloutWorker:
             raise RuntimeError("the rollout worker has not been started; call start() first")
         return self._engine, self._surroundings
 
-    async def _one(self, question: Question, sampling: Sampling) -> Sample:
-        engine, around = self._ready
-        began = time.monotonic()
-        search = _TimedSearch(around.search)
-        trajectory = await loop.run(question, around.grammar, engine, search, around.tokenizer, sampling)
-        ended = time.monotonic()
-        outcome = await around.score(trajectory)
-        now = time.monotonic()
-        return Sample(trajectory, outcome, search.seconds, now - ended, now - began)
+
+async def play(question: Question, engine: PolicyEngine, around: Surroundings, sampling: Sampling) -> Sample:
+    """Play one question once and score it."""
+    began = time.monotonic()
+    search = _TimedSearch(bound_to(around.search, question))
+    trajectory = await loop.run(question, around.grammar, engine, search, around.tokenizer, sampling)
+    ended = time.monotonic()
+    outcome = await around.score(trajectory)
+    now = time.monotonic()
+    return Sample(trajectory, outcome, search.seconds, now - ended, now - began)
 
 
 class _TimedSearch:

@@ -98,6 +98,16 @@ class LiteratureConfig:
         if self.base_url is not None:
             check_base_url(self.base_url)
 
+    @property
+    def max_topk(self) -> int:
+        """Most documents of a query."""
+        return _BOUNDS[self.engine].max_topk
+
+    @property
+    def dated(self) -> bool:
+        """Whether a question's `extra["pub_date"]` limits what is searched."""
+        return _BOUNDS[self.engine].dated
+
 
 class LiteratureSearch:
     """Satisfies `verl.agent.protocols.Search` and `PerQuestion`; calls may be concurrent.
