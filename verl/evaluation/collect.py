@@ -41,7 +41,6 @@ from verl.evaluation.journal import (
     write_whole,
 )
 from verl.evaluation.remote_engine import RemoteConfig, RemoteEngine, Transcript
-from verl.evaluation.scripted import TitleOracle
 from verl.records import read_questions
 from verl.retrieval.client import RetrieverClient, RetrieverClientConfig
 from verl.retrieval.corpus import Corpus
@@ -304,8 +303,7 @@ async def _oracle(config: CollectConfig, questions: Sequence[Question], stack: A
 
 async def _searcher(config: CollectConfig, questions: Sequence[Question], stack: AsyncExitStack) -> Prepared:
     _check_policy(config)  # before anything is started
-    search = await stack.enter_async_context(RetrieverClient(config.retriever))
-    identity = await retriever_identity(config.retriever.url)
+    search, identity = await _search(config, stack)
     policy, tokenizer, engine = _policy(config)
     stack.push_async_callback(engine.close)
     sampling = config.sampling.sampling()
