@@ -95,25 +95,10 @@ class RunConfig:
     sentinel: SentinelConfig = field(default_factory=SentinelConfig)
 
     def __post_init__(self) -> None:
-        for name in ("total_steps", "epochs"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}; expected at least 1")
-        if self.total_steps is None and self.epochs is None:
-            raise ValueError("total_steps=null, epochs=null; nothing ends the run, set one of them")
+        if self.total_steps < 1:
+            raise ValueError(f"total_steps={self.total_steps}; expected at least 1")
         if self.max_restarts < 0 or self.test_freq < 0:
             raise ValueError(f"max_restarts={self.max_restarts}, test_freq={self.test_freq}; expected 0 or more")
-
-    @property
-    def last_step(self) -> int:
-        """The step that ends the run.
-
-        Raises:
-            ValueError: it depends on the number of questions; see `TrainConfig.over`.
-        """
-        if self.total_steps is None:
-            raise ValueError("the run's epochs are not counted in steps yet; call TrainConfig.over first")
-        return self.total_steps
 
 
 @dataclass(frozen=True)
