@@ -276,3 +276,14 @@ def test_free_names_keep_the_suffix(tmp_path: Path) -> None:
 def test_a_policy_that_could_lose_everything_is_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="expected"):
         CheckpointConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_steps_that_other_runs_start_from_are_saved_and_stay(tmp_path: Path) -> None:
+    checkpoints = store(tmp_path, keep=1, best_metric=None, save_freq=4, keep_steps=(2, 3))
+    config = CheckpointConfig(save_freq=4, keep_steps=(2, 3))
+    assert [step for step in range(1, 10) if config.due(step)] == [2, 3, 4, 8]
+    for step in (2, 3, 4, 8):
+        save(checkpoints, step)
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_000002", "step_000003", "step_000008"]
+    with pytest.raises(ValueError, match=r"keep_steps=\[0\]"):
+        CheckpointConfig(keep_steps=(0,))

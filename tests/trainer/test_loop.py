@@ -186,6 +186,21 @@ def test_a_run_trains_validates_saves_and_sums_up(make: AsMade, tmp_path: Path) 
     assert office.left == 1
 
 
+def test_epochs_end_a_run_by_its_number_of_questions(make: AsMade, tmp_path: Path) -> None:
+    epochs = ["trainer.epochs=3", "trainer.total_steps=null", "trainer.checkpoint.keep_steps=[1]"]
+    summary, _ = run(make(tmp_path / "epochs", *epochs))
+    assert summary.steps == 5, "3 x 7 questions are 5 whole steps of 4"
+    assert steps(tmp_path / "epochs" / "checkpoints") == [1, 2, 4, 5]
+    assert run(make(tmp_path / "steps", "trainer.epochs=9", "trainer.total_steps=2"))[0].steps == 2, "the first bound"
+    config = make(tmp_path / "none", *epochs, "critic.optim.total_steps=99")
+    counted = config.over(7)
+    assert counted.trainer.total_steps == counted.actor.optim.total_steps == 5
+    assert counted.critic.optim.total_steps == 99
+    assert config.over(1).trainer.last_step == 1
+    with pytest.raises(ValueError, match=r"TrainConfig.over"):
+        _ = config.trainer.last_step
+
+
 def test_n_plus_m_steps_are_n_steps_and_then_m(make: AsMade, tmp_path: Path) -> None:
     run(make(tmp_path / "unbroken"))
     run(make(tmp_path / "broken", "trainer.total_steps=2", "trainer.val_before_train=true"))

@@ -183,6 +183,8 @@ def test_a_reward_without_a_baseline_needs_none(model: Path) -> None:
         (RolloutConfig, {"eval_temperature": -1.0}),
         (RolloutConfig, {"top_p": 0.0}),
         (RunConfig, {"folder": Path("x"), "total_steps": 0}),
+        (RunConfig, {"folder": Path("x"), "epochs": 0}),
+        (RunConfig, {"folder": Path("x"), "total_steps": None}),
         (RunConfig, {"folder": Path("x"), "max_restarts": -1}),
     ],
 )

@@ -37,6 +37,7 @@ class CheckpointConfig:
     Attributes:
         save_freq: save every so many steps, and always after the last one; 0 saves only after the last.
         keep: newest checkpoints that stay.
+        keep_steps: steps that are saved too, and stay, for other runs to start from.
         best_metric: validation metric; of the checkpoints of validated steps the one with the highest stays too. Null
             keeps none for that.
         export_hf: also write each checkpoint in Hugging Face format.
@@ -44,6 +45,7 @@ class CheckpointConfig:
 
     save_freq: int = 50
     keep: int = 2
+    keep_steps: tuple[int, ...] = ()
     best_metric: str | None = "val/accuracy"
     export_hf: bool = True
 
@@ -52,6 +54,12 @@ class CheckpointConfig:
             raise ValueError(f"keep={self.keep}; expected at least 1, or nothing could be resumed")
         if self.save_freq < 0:
             raise ValueError(f"save_freq={self.save_freq}; expected 0 or more")
+        if any(step < 1 for step in self.keep_steps):
+            raise ValueError(f"keep_steps={list(self.keep_steps)}; expected steps from 1")
+
+    def due(self, step: int) -> bool:
+        """Whether `step` is saved, wherever the run ends."""
+        return step in self.keep_steps or (self.save_freq > 0 and step % self.save_freq == 0)
 
 
 @dataclass(frozen=True)
@@ -154,7 +162,7 @@ class Checkpoints:
     def _drop_old(self) -> None:
         best = self.best() if self._config.best_metric else None
         for path in self._paths()[: -self._config.keep]:
-            if best is None or path != best.path:
+            if _step_of(path) not in self._config.keep_steps and (best is None or path != best.path):
                 self._drop(path)
 
     def _drop(self, path: Path) -> None:

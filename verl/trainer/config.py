@@ -24,6 +24,7 @@ from verl.workers.actor import ActorConfig
 from verl.workers.critic import CriticConfig
 from verl.workers.engines import EngineConfig
 from verl.workers.model import ModelConfig
+from verl.workers.optim import OptimConfig
 from verl.workers.reference import ReferenceConfig
 
 
@@ -73,7 +74,9 @@ class RunConfig:
 
     Attributes:
         folder: gets checkpoints, metrics, trajectories and the report.
-        total_steps: training ends after this many steps.
+        total_steps: training ends after this many steps; null does not bound them.
+        epochs: training ends when so many passes over its questions are made; null does not bound them. Of the two
+            bounds the first one that is met ends the run, and one is needed.
         test_freq: validate every so many steps, and always at the end; 0 only at the end.
         val_before_train: validate the untrained policy too.
         val_only: validate and stop; the metrics go to `validation/` and the run's own files stay as they are.
@@ -84,7 +87,8 @@ class RunConfig:
 
     folder: Path
     seed: int = 42
-    total_steps: int = 20
+    total_steps: int | None = 20
+    epochs: int | None = None
     test_freq: int = 0
     val_before_train: bool = True
     val_only: bool = False
@@ -95,10 +99,25 @@ class RunConfig:
     sentinel: SentinelConfig = field(default_factory=SentinelConfig)
 
     def __post_init__(self) -> None:
-        if self.total_steps < 1:
-            raise ValueError(f"total_steps={self.total_steps}; expected at least 1")
+        for name in ("total_steps", "epochs"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}; expected at least 1")
+        if self.total_steps is None and self.epochs is None:
+            raise ValueError("total_steps=null, epochs=null; nothing ends the run, set one of them")
         if self.max_restarts < 0 or self.test_freq < 0:
             raise ValueError(f"max_restarts={self.max_restarts}, test_freq={self.test_freq}; expected 0 or more")
+
+    @property
+    def last_step(self) -> int:
+        """The step that ends the run.
+
+        Raises:
+            ValueError: it depends on the number of questions; see `TrainConfig.over`.
+        """
+        if self.total_steps is None:
+            raise ValueError("the run's epochs are not counted in steps yet; call TrainConfig.over first")
+        return self.total_steps
 
 
 @dataclass(frozen=True)
@@ -129,6 +148,28 @@ class TrainConfig:
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     ray: RayConfig = field(default_factory=RayConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def over(self, questions: int) -> TrainConfig:
+        """Return the same run with its epochs over so many training questions counted in `trainer.total_steps`.
+
+        The length of the optimizers' schedules follows where it is the run's. One that needs a length of its own to be
+        valid, such as a linear one, has to state it, or the run its `total_steps`.
+        """
+        run = self.trainer
+        if run.epochs is None:
+            return self
+        steps = max(1, run.epochs * questions // self.data.batch_size)
+        steps = steps if run.total_steps is None else min(steps, run.total_steps)
+
+        def follow(optim: OptimConfig) -> OptimConfig:
+            return replace(optim, total_steps=steps) if optim.total_steps == run.total_steps else optim
+
+        return replace(
+            self,
+            trainer=replace(run, total_steps=steps),
+            actor=replace(self.actor, optim=follow(self.actor.optim)),
+            critic=replace(self.critic, optim=follow(self.critic.optim)),
+        )
 
     def recorded(self) -> TrainConfig:
         """Return what goes into files and trackers: without the values of the workers' variables, which may be keys."""

@@ -164,6 +164,7 @@ def train(config: TrainConfig, workers: Workers = ray_workers) -> Summary:
     """
     run_config, restarts = config.trainer, 0
     questions = [] if run_config.val_only else training_questions(config.data)
+    config = config if run_config.val_only else config.over(len(questions))
     held_out = validation_questions(config.data)
     preflight.check(config, [*questions, *held_out])
     checkpoints = Checkpoints(run_config.folder / "checkpoints", run_config.checkpoint)
@@ -231,7 +232,7 @@ class _Run:
             if done == 0 and run.val_before_train:
                 tracker.log(self._validate(pool, done), done)
             self._train(done, learners, pool, tracker)
-        return self._summary(run.total_steps)
+        return self._summary(run.last_step)
 
     def _tracker(self, folder: Path, resume_step: int | None) -> closing[Tracker]:
         return closing(Tracker(folder, self.config.tracking, to_dict(self.config.recorded()), resume_step))
@@ -239,17 +240,17 @@ class _Run:
     def _train(self, done: int, learners: SavedLearners, pool: Rollouts, tracker: Tracker) -> None:
         run = self.config.trainer
         stepper = self._stepper(learners, pool)
-        with tqdm(total=run.total_steps, initial=done, desc="training", unit="step") as bar:
-            for step in range(done + 1, run.total_steps + 1):
+        with tqdm(total=run.last_step, initial=done, desc="training", unit="step") as bar:
+            for step in range(done + 1, run.last_step + 1):
                 metrics = stepper.run(step)
                 self._count(metrics)
-                last = step == run.total_steps
+                last = step == run.last_step
                 if last or _due(step, run.test_freq):
                     metrics |= self._validate(pool, step)
                 tracker.log(metrics, step)
                 bar.set_postfix({"reward": f"{metrics.get('reward/mean', 0):.3f}"})
                 bar.update()
-                if last or _due(step, run.checkpoint.save_freq):
+                if last or run.checkpoint.due(step):
                     self._save(step, metrics, stepper.schedule.source_state(), learners)
 
     def _stepper(self, learners: SavedLearners, pool: Rollouts) -> Stepper:
@@ -304,7 +305,7 @@ def _step_config(config: TrainConfig) -> StepConfig:
         uses_reference=config.uses_reference,
         pad_id=_pad_id(config.model.path),
         mode=config.rollout.mode,
-        last_step=config.trainer.total_steps,
+        last_step=config.trainer.last_step,
     )
 
 
