@@ -50,6 +50,7 @@ COMMON: Mapping[str, object] = {
     "actor.model.param_offload": False,
     "reference.model.param_offload": True,
     "trainer.val_before_train": False,
+    "trainer.checkpoint.best_metric": "val/score",
     "data.drop_yes_no": False,
     "data.drop_rag_correct": False,
 }
@@ -204,6 +205,7 @@ def expected(script: Script) -> dict[str, object]:
         "trainer.checkpoint.save_freq": script.save,
         "trainer.test_freq": script.test,
         "reward.terms": {script.reward: 1.0},
+        "search.prompt": "published",
     }
 
 
@@ -246,7 +248,8 @@ def test_as_many_documents_are_searched_as_its_reward_looks_at(name: str) -> Non
     reward = resolve(SCRIPTS[name].reward, config.reward)
     if isinstance(reward, Ndcg):
         source = config.data.train.parent.name
-        assert reward.cutoff(f"{source}_train") == config.search.topk
+        assert reward.cutoff(f"{source}_train") == reward.cutoff(f"{source}_dense_train") == config.search.topk
+        assert reward.cutoff(f"{source}_val") == reward.cutoff(f"{source}_test") == 10
     elif SCRIPTS[name].task != "sql":
         assert reward.topk == config.search.topk  # type: ignore[attr-defined]
 
@@ -269,6 +272,16 @@ def test_a_staged_run_starts_from_steps_that_the_run_before_keeps(name: str) -> 
         before = recipe(found[1])
         assert int(found[2]) in before.trainer.checkpoint.keep_steps
         assert before.algorithm.needs_critic and before.trainer.checkpoint.export_hf
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_it_says_what_is_searched(name: str) -> None:
+    config, task = recipe(name), SCRIPTS[name].task
+    engine = {"pubmed": "pubmed", "pmd": "pubmed", "ctgov": "ctgov"}.get(name.partition("_")[0])
+    assert (config.literature and config.literature.engine) == engine
+    assert (config.reward.sql is not None) == (task == "sql")
+    port = {"query": 4000, "dense": 3000}.get(task)
+    assert port is None or config.retriever.url == f"http://127.0.0.1:{port}/retrieve"
 
 
 def test_only_first_stages_keep_steps_for_others() -> None:
