@@ -26,7 +26,7 @@ from data_preprocess.published_cache import CacheEntry, merged, read_cache
 from data_preprocess.train_filter import TrainFilter, select
 from generator_llms.client import GeneratorClient
 from generator_llms.config import GeneratorConfig
-from generator_llms.judge import open_judge
+from generator_llms.judge import judge_identity, open_judge
 from verl.agent.protocols import Search
 from verl.config import run_entry
 from verl.errors import DataError
@@ -255,7 +255,7 @@ async def _parameters(config: RagCacheConfig, generator: GeneratorClient) -> dic
         "generator_identity": asked.model_identity,
         "asked": [asked.backend, asked.style, asked.prompt, asked.extra_body],
         "sampling": [asked.temperature, asked.top_p, asked.seed, asked.max_tokens, asked.max_prompt_tokens],
-        "judge": config.judge and (config.judge_generator.model if config.judge_generator else True),
+        "judge": judge_identity(config.judge, config.judge_generator, asked),
     }
 
 

@@ -42,6 +42,7 @@ class GeneratorConfig:
             local endpoint, and for bedrock, whose requests are then signed with the AWS credentials that boto3 finds.
         prompt: how `answer` asks: from the documents (`context`, `strict_span`, `choice`) or without them (`zero_shot`,
             step by step `cot`); see `generator_llms.prompts`.
+        shows_question: as a judge, whether it is shown the question too; the published judge is not.
         max_tokens: bound of every reply.
         max_prompt_tokens: bound of every prompt of `answer`; documents are left out from the last one until it holds.
         tokenizer: folder of the model's tokenizer, to count prompt tokens exactly; None estimates them generously.
@@ -76,6 +77,7 @@ class GeneratorConfig:
     model_identity: str = ""
     api_key_env: str = ""
     prompt: PromptName = "context"
+    shows_question: bool = True
     max_tokens: int = 512
     max_prompt_tokens: int = 7000
     tokenizer: Path | None = None

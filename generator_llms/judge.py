@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from generator_llms.client import GeneratorClient
 from generator_llms.config import GeneratorConfig
@@ -87,5 +87,22 @@ def parse_verdict(reply: str) -> bool | None:
 
 async def open_judge(config: GeneratorConfig | None, generator: GeneratorClient, stack: AsyncExitStack) -> LLMJudge:
     """Return a judge that asks a model of its own, closed by `stack`, or the generator itself if `config` is None."""
-    own = await stack.enter_async_context(GeneratorClient(config)) if config else generator
-    return LLMJudge(own.complete)
+    return judge_by(await stack.enter_async_context(GeneratorClient(config)) if config else generator)
+
+
+def judge_by(client: GeneratorClient) -> LLMJudge:
+    """Return a judge that asks `client`, and shows it the question if its configuration says so."""
+    return LLMJudge(client.complete, client.config.shows_question)
+
+
+def judge_identity(judge: bool, config: GeneratorConfig | None, generator: GeneratorConfig) -> Any:
+    """Return what verdicts depend on, for the parameters of a journal; false without a judge.
+
+    Args:
+        config: of the judge's own model; None if it is the generator itself.
+    """
+    if not judge:
+        return False
+    named = True if config is None else config.model
+    # Left as it was where the question is shown, so that journals written before go on.
+    return named if (config or generator).shows_question else [named, "without the question"]

@@ -281,6 +281,13 @@ def test_retriever_command(tmp_path: Path) -> None:
     assert "--retriever_model" not in plain.command
 
 
+def test_a_retriever_may_fuse_several_indexes(tmp_path: Path) -> None:
+    paths = [tmp_path / "bm25", tmp_path / "dense"]
+    command = list(retriever_service(paths, tmp_path / "c", "hybrid", 8, 4000, tmp_path / "log").command)
+    at = command.index("--index_path")
+    assert command[at + 1 : at + 4] == [str(paths[0]), str(paths[1]), "--corpus_path"]
+
+
 def test_generator_command_on_cpu_and_gpu(tmp_path: Path) -> None:
     local = generator_service(str(tmp_path), 8000, tmp_path / "log", 2048, "cpu", dtype="float32", threads=2)
     assert "--enforce-eager" in local.command

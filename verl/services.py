@@ -198,7 +198,7 @@ def free_port(host: str = HOST) -> int:
 
 
 def retriever_service(
-    index_path: Path,
+    index_path: Path | Sequence[Path],
     corpus_path: Path,
     retriever_name: str,
     topk: int,
@@ -207,9 +207,10 @@ def retriever_service(
     retriever_model: str | None = None,
     startup_timeout: float = 120.0,
 ) -> Service:
-    """Describe a retriever: `verl.retrieval.server` over one index."""
+    """Describe a retriever: `verl.retrieval.server` over one index, or over those that it is to fuse."""
+    indexes = [index_path] if isinstance(index_path, Path) else index_path
     command = [sys.executable, "-m", "verl.retrieval.server", "--host", HOST, "--port", str(port)]
-    command += ["--index_path", str(index_path), "--corpus_path", str(corpus_path)]
+    command += ["--index_path", *map(str, indexes), "--corpus_path", str(corpus_path)]
     command += ["--retriever_name", retriever_name, "--topk", str(topk)]
     if retriever_model is not None:
         command += ["--retriever_model", retriever_model]

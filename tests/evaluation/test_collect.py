@@ -28,7 +28,7 @@ from verl.evaluation.collect import (
     write_published,
 )
 from verl.evaluation.collectors import Collector, Direct, Gathered, NaiveRag, Oracle, Searcher, passages_of
-from verl.evaluation.identity import model_identity, retriever_identity
+from verl.evaluation.identity import check_tokenizer, model_identity, retriever_identity
 from verl.evaluation.journal import Unfinished
 from verl.records import write_questions
 from verl.retrieval.client import RetrieverClientConfig
@@ -276,6 +276,18 @@ async def test_a_searcher_without_a_model_is_refused_with_the_fix(tmp_path: Path
         )
         with pytest.raises(ConfigError, match=r"engine.model=.*no model: its tokenizer does not load"):
             await run(config)
+
+
+def test_a_checkpoint_with_the_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    model = Path(__file__).resolve().parents[2] / "data_preprocess" / "world" / "checkpoints" / "searcher"
+    config = json.loads((model / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 8}))
+    rows = config["vocab_size"]
+    check_tokenizer(str(model), rows)
+    with pytest.raises(ConfigError, match=rf"its tokenizer has {rows} ids, but the model only 8 embeddings"):
+        check_tokenizer(str(tmp_path), rows)
+    with pytest.raises(ConfigError, match=r"its config.json does not load"):
+        check_tokenizer(str(tmp_path / "none"), rows)
 
 
 def test_defaults_are_valid() -> None:

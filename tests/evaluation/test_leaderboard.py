@@ -50,6 +50,14 @@ def test_rows_are_sorted_and_told_apart(folders: tuple[Path, Path], tmp_path: Pa
     assert json.loads((tmp_path / "out" / "leaderboard.json").read_text()) == dict(methods)
 
 
+def test_reports_without_answers_have_no_accuracy_and_no_bar(tmp_path: Path) -> None:
+    silent = {**figures(0.5, nq=0.5), "accuracy": None, "accuracy_interval": None, "macro_accuracy": None}
+    silent["by_source"] = {"nq": {"accuracy": None, "n": 2}}
+    write_report(tmp_path / "one", {"bm25": silent, "rag": figures(0.4, nq=0.4)}, 0)
+    methods = write_leaderboard(LeaderboardConfig(tmp_path / "out", (tmp_path / "one",)))
+    assert source_table(methods) == [["method", "nq", "average"], ["rag", "40.0", "40.0"], ["bm25", "", ""]]
+
+
 def test_the_page_is_whole_and_safe(folders: tuple[Path, Path], tmp_path: Path) -> None:
     write_leaderboard(LeaderboardConfig(tmp_path / "out", folders, title="Mine & yours"))
     page = (tmp_path / "out" / "leaderboard.html").read_text()

@@ -34,7 +34,7 @@ class Chars(CharTokenizer):
 
 @pytest.fixture
 async def server() -> AsyncIterator[FakeServer]:
-    async with FakeServer() as started:
+    async with FakeServer(routes={"/tokenize": lambda request: Reply(b"{}", status=404)}) as started:
         yield started
 
 
@@ -53,7 +53,7 @@ async def test_vllm_takes_and_returns_token_ids(server: FakeServer) -> None:
         made = await remote.generate((1, 2), SAMPLING)
     assert (made.ids, made.text, made.finish) == ((7, 8, 9), "ab</search>", "stop")
     assert all(math.isnan(value) for value in made.logprobs) and len(made.logprobs) == 3
-    sent = server.requests[0]
+    sent = server.requests[-1]
     assert sent["prompt"] == [1, 2] and sent["include_stop_str_in_output"] and sent["return_token_ids"]
     assert (sent["temperature"], sent["top_p"], sent["top_k"], sent["max_tokens"], sent["seed"]) == (0.5, 0.9, 5, 40, 3)
     assert sent["stop"] == ["</search>", "</answer>"] and server.headers[0]["authorization"] == "Bearer secret"
@@ -143,6 +143,21 @@ def test_a_transcript_can_be_read_back(said: list[tuple[str, str]]) -> None:
         *messages,
         {"role": "assistant", "content": "go on"},
     ]
+
+
+async def test_an_endpoint_with_another_tokenizer_is_refused_and_asked_once() -> None:
+    wrong, right = [1, 2, 3], [*map(ord, "Who wrote <query>Emma</query> in 1815?")]
+    for served, message in ((wrong, "with another tokenizer than remote.tokenizer=t"), (right, "")):
+        reply = Reply(json.dumps({"tokens": served}).encode())
+        made = lambda request: completion("ab", token_ids=[7, 8])  # noqa: E731
+        async with FakeServer(routes={"/tokenize": lambda request, reply=reply: reply}, default=made) as server:
+            async with engine(server, "tokens") as remote:
+                if message:
+                    with pytest.raises(EngineError, match=message):
+                        await remote.generate((1, 2), SAMPLING)
+                else:
+                    assert [(await remote.generate((1, 2), SAMPLING)).ids for _ in range(2)] == [(7, 8)] * 2
+            assert sum(path.endswith("/tokenize") for path in server.paths) == 1
 
 
 def test_mode_and_tokenizer_must_fit() -> None:

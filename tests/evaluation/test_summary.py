@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from scipy.stats import binomtest
 from tests.rewards.fakes import documents, question
 from verl.errors import DataError
 from verl.evaluation.passages import passage_metrics
-from verl.evaluation.summary import ScoredQuestion, ScoringConfig, compare, mcnemar, summarise
+from verl.evaluation.summary import ScoredQuestion, ScoringConfig, bootstrap_interval, compare, mcnemar, summarise
 
 QUICK = ScoringConfig(resamples=200)
 
@@ -52,6 +53,19 @@ def test_the_average_over_sources_and_own_answers() -> None:
 def test_judge_parts_are_averaged_over_the_rows_that_have_them() -> None:
     rows = [row("a", True), row("b", True, judge={"judged_yes": 1.0}), row("c", True, judge={"judged_yes": 0.0})]
     assert summarise(rows, QUICK).overall.judge == {"judged_yes": 0.5}
+
+
+def test_every_mean_has_its_interval_over_the_rows_that_it_is_over() -> None:
+    found = {"gold_precision": 0.5, "ndcg": 1.0, "reciprocal_rank": 1.0}
+    rows = [replace(row(str(n), n < 6, f1=n / 8, **found), recall=float(n % 2)) for n in range(8)]
+    rows.append(row("bare", False, tokens=90))
+    overall = summarise(rows, ScoringConfig(resamples=400, seed=3)).overall
+    assert overall.intervals["accuracy"] == (overall.accuracy_low, overall.accuracy_high)
+    for name, values in {"f1": [r.f1 for r in rows], "recall": [0.0, 1.0] * 4}.items():
+        assert overall.intervals[name] == pytest.approx(bootstrap_interval(values, 400, 3), abs=1e-12)
+        assert overall.intervals[name][0] < getattr(overall, name) < overall.intervals[name][1]
+    assert overall.intervals["ndcg"] == (1.0, 1.0) and overall.intervals["tokens"][1] > 10.0
+    assert "own_em" not in overall.intervals, "no question was answered by the searcher itself"
 
 
 def test_passage_metrics_by_hand() -> None:

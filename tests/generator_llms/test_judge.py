@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
@@ -9,7 +10,7 @@ import pytest
 
 from generator_llms.client import GeneratorClient
 from generator_llms.config import GeneratorConfig
-from generator_llms.judge import LLMJudge, open_judge, parse_verdict
+from generator_llms.judge import LLMJudge, judge_by, judge_identity, open_judge, parse_verdict
 from generator_llms.prompts import Message
 from generator_llms.replies import Completion
 from tests.generator_llms.fake_server import FakeServer, chat
@@ -87,6 +88,23 @@ async def test_a_failure_is_not_a_verdict() -> None:
     with pytest.raises(GeneratorError, match="down"):
         await judge(QUESTION, "Ada")
     assert (judge.stats.yes, judge.stats.no, judge.stats.abstained) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("shown", [True, False])
+async def test_the_configuration_says_whether_the_judge_sees_the_question(shown: bool) -> None:
+    async with (
+        FakeServer(default=lambda r: chat("no")) as server,
+        GeneratorClient(GeneratorConfig(server.url, shows_question=shown)) as client,
+    ):
+        await judge_by(client)(QUESTION, "Ada")
+    assert (QUESTION.text in json.dumps(server.requests[-1]["messages"])) is shown
+
+
+def test_what_verdicts_depend_on() -> None:
+    shown, hidden = GeneratorConfig(model="j"), GeneratorConfig(model="j", shows_question=False)
+    assert judge_identity(False, hidden, hidden) is False
+    assert [judge_identity(True, None, own) for own in (shown, hidden)] == [True, [True, "without the question"]]
+    assert [judge_identity(True, own, shown) for own in (shown, hidden)] == ["j", ["j", "without the question"]]
 
 
 async def test_a_judge_of_its_own_is_asked_instead_of_the_generator_and_closed_in_the_end() -> None:

@@ -29,8 +29,8 @@ from verl.agent.grammar.s3 import S3Config
 from verl.agent.protocols import Sampling
 from verl.config import run_entry
 from verl.errors import ConfigError, DataError
-from verl.evaluation.collectors import Collector, Direct, NaiveRag, Oracle, Searcher, passages_of
-from verl.evaluation.identity import model_identity, retriever_identity
+from verl.evaluation.collectors import Collector, Direct, NaiveRag, Oracle, Searcher, passages_of, raw_query
+from verl.evaluation.identity import check_tokenizer, model_identity, retriever_identity
 from verl.evaluation.journal import (
     Journal,
     Record,
@@ -42,6 +42,7 @@ from verl.evaluation.journal import (
 )
 from verl.evaluation.remote_engine import RemoteConfig, RemoteEngine, Transcript
 from verl.records import read_questions
+from verl.evaluation.scripted import TitleOracle
 from verl.retrieval.client import RetrieverClient, RetrieverClientConfig
 from verl.retrieval.corpus import Corpus
 from verl.retrieval.engines.choice import open_search
@@ -330,6 +331,17 @@ class Condenser(GeneratorClient):
         return (await self.complete(messages)).text
 
 
+async def _scripted(config: CollectConfig, questions: Sequence[Question], stack: AsyncExitStack) -> Prepared:
+    """The s3 protocol played by a policy that knows the gold titles."""
+    if not isinstance(config.search, S3Config):
+        raise ConfigError(f"method=scripted plays search.protocol=s3, not {config.search.protocol}")
+    search, identity = await _search(config, stack)
+    tokenizer = Transcript()
+    engine = TitleOracle(questions, tokenizer)
+    collector = Searcher(build_grammar(config.search), engine, search, tokenizer, Sampling(0.0), config.initial_k)
+    return Prepared(collector, {"retriever": identity, "search": config.search, "initial_k": config.initial_k})
+
+
 def _check_policy(config: CollectConfig) -> None:
     if config.remote is not None and config.engine is not None:
         raise ConfigError("both engine and remote are set; set engine for a model here, or remote for an endpoint")
@@ -356,6 +368,7 @@ def _tokenizer(name: str, key: str) -> Any:
     from transformers import AutoTokenizer  # takes seconds, and the other methods do without
 
     try:
+    check_tokenizer(config.engine.model, tokenizer.vocab_size)
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as cause:
         raise ConfigError(
@@ -378,6 +391,7 @@ async def run(config: CollectConfig) -> list[Context]:
     if not questions:
         raise DataError(f"{config.questions} holds no question; expected at least one row")
     async with AsyncExitStack() as stack:
+    "scripted": _scripted,
         prepared = await METHODS[config.method](config, questions, stack)
         parameters = {"method": config.method, **prepared.parameters}
         title = config.search.protocol if config.method == "searcher" else config.method

@@ -16,13 +16,14 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from generator_llms.client import GeneratorClient
 from generator_llms.config import GeneratorConfig
-from generator_llms.judge import LLMJudge
+from generator_llms.judge import judge_identity, open_judge
 from generator_llms.prompts import shows_documents
 from verl.config import run_entry
 from verl.errors import DataError
@@ -48,11 +49,10 @@ from verl.evaluation.journal import (
 )
 from verl.evaluation.repeats import Repeatability, summarise_repeats
 from verl.evaluation.report import plain
-from verl.evaluation.score import score_question
+from verl.evaluation.score import passage_row, score_question
 from verl.evaluation.summary import ScoredQuestion, ScoreReport, ScoringConfig, summarise
 from verl.retrieval.corpus import Corpus
 from verl.rewards.evidence import Answer, Judge
-from verl.rewards.recall import answer_in_context, gold_recall
 from verl.typed import Decoder, encode
 from verl.types import Question
 
@@ -97,7 +97,8 @@ class ControlsConfig:
         conditions: which conditions are scored; see `verl.evaluation.control_contexts.MEANINGS`.
         limit: take the first so many questions, in the order of their ids.
         seed: of what is drawn.
-        judge: let the generator judge answers that match no gold literally.
+        judge: let a model judge answers that match no gold literally.
+        judge_generator: the model that judges; as published the generator itself if None.
     """
 
     output: Path
@@ -111,6 +112,7 @@ class ControlsConfig:
     limit: int | None = None
     seed: int = 0
     judge: bool = False
+    judge_generator: GeneratorConfig | None = None
     repeat: RepeatConfig = field(default_factory=RepeatConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
@@ -184,16 +186,7 @@ async def score_documents(
 
 
 def _failed_row(question: Question, cause: str) -> ScoredQuestion:
-    documents = question.initial_documents
-    return ScoredQuestion(
-        id=question.id,
-        source=question.source,
-        kind=question.kind,
-        recall=gold_recall(question, documents),
-        answer_in_context=answer_in_context(question, documents),
-        documents=len(documents),
-        failed=cause,
-    )
+    return replace(passage_row(question, question.initial_documents), failed=cause)
 
 
 async def score_repeat(
@@ -266,8 +259,8 @@ async def run(config: ControlsConfig) -> ControlsReport:
     conditions = [build_condition(name, questions, sources) for name in config.conditions]
     folder = config.output / "answers"
     scored: dict[str, ScoreReport] = {}
-    async with GeneratorClient(config.generator) as client:
-        asking = await _asking(client, config.judge)
+    async with AsyncExitStack() as stack:
+        asking = await _asking(config.generator, config, stack)
         for name, documents in ((condition.name, condition.documents) for condition in conditions):
             if documents:
                 scored[name] = await score_documents(name, questions, documents, asking, folder, config)
@@ -278,17 +271,18 @@ async def run(config: ControlsConfig) -> ControlsReport:
     return report
 
 
-async def _asking(client: GeneratorClient, judge: bool) -> Asking:
-    asked = client.config
+async def _asking(asked: GeneratorConfig, config: ControlsConfig, stack: AsyncExitStack) -> Asking:
+    client = await stack.enter_async_context(GeneratorClient(asked))
+    judge = await open_judge(config.judge_generator, client, stack) if config.judge else None
     parameters = {
         "generator": await client.ready(),
         "generator_identity": asked.model_identity,
         "asked": [asked.backend, asked.style, asked.prompt, asked.extra_body],
         "prompt": asked.prompt,
         "sampling": [asked.temperature, asked.top_p, asked.seed, asked.max_tokens, asked.max_prompt_tokens],
-        "judge": judge,
+        "judge": judge_identity(config.judge, config.judge_generator, asked),
     }
-    return Asking(client.answer, LLMJudge(client.complete) if judge else None, parameters)
+    return Asking(client.answer, judge, parameters)
 
 
 async def _repeats(
@@ -303,8 +297,8 @@ async def _repeats(
     for number, seed in enumerate(seeds):
         # Without the cache, or the first answer would come back each time.
         uncached = replace(asked, cache_mode="off", temperature=temperature, seed=seed)
-        async with GeneratorClient(uncached) as client:
-            asking = await _asking(client, config.judge)
+        async with AsyncExitStack() as stack:
+            asking = await _asking(uncached, config, stack)
             reports.append(await score_repeat(number, questions, sources.method, asking, folder, config))
     return summarise_repeats(reports, temperature, seeds, config.scoring)
 

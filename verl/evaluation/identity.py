@@ -8,7 +8,7 @@ from urllib.parse import urljoin
 
 import httpx
 
-from verl.errors import RetrieverError
+from verl.errors import ConfigError, RetrieverError
 
 _READ_BYTES = 16 * 1024 * 1024
 _TIMEOUT_S = 10.0
@@ -35,6 +35,29 @@ async def retriever_identity(url: str, transport: httpx.AsyncBaseTransport | Non
     if not isinstance(health, dict) or not health.get("fingerprint"):
         return url
     return f"{health.get('retriever')}/{health['fingerprint']}"
+
+
+def check_tokenizer(model: str, ids: int) -> None:
+    """Refuse a tokenizer that has more ids than its model has embeddings: it belongs to another model.
+
+    Args:
+        model: checkpoint folder or hub name.
+        ids: how many ids the tokenizer has, those that were added to it left out.
+
+    Raises:
+        ConfigError: the tokenizer is another model's, or the model's configuration cannot be read.
+    """
+    from transformers import AutoConfig  # takes seconds, and the other methods do without
+
+    try:
+        rows = AutoConfig.from_pretrained(model).get_text_config().vocab_size
+    except (OSError, ValueError) as cause:
+        raise ConfigError(f"{model}: its config.json does not load ({cause}); give a complete checkpoint") from cause
+    if ids > rows:
+        raise ConfigError(
+            f"{model}: its tokenizer has {ids} ids, but the model only {rows} embeddings; the folder holds the "
+            "tokenizer of another model, copy that of the model that the checkpoint was trained from"
+        )
 
 
 def model_identity(model: str) -> str:

@@ -96,7 +96,8 @@ def source_table(methods: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     rows = [["method", *sources, "average"]]
     for name, figures in methods.items():
         by_source = figures.get("by_source", {})
-        cells = [f"{100 * by_source[source]['accuracy']:.1f}" if source in by_source else "" for source in sources]
+        found = [by_source.get(source, {}).get("accuracy") for source in sources]
+        cells = ["" if accuracy is None else f"{100 * accuracy:.1f}" for accuracy in found]
         average = figures.get("macro_accuracy")
         rows.append([name, *cells, "" if average is None else f"{100 * average:.1f}"])
     return rows

@@ -35,9 +35,9 @@ def draw_plots(methods: Mapping[str, Figures], folder: Path) -> dict[str, Path]:
 
 
 def _bars(axes: Axes, methods: Mapping[str, Figures]) -> None:
-    names = list(methods)[::-1]
+    names = [name for name, figures in methods.items() if figures["accuracy"] is not None][::-1]
     for at, name in enumerate(names):
-        value = methods[name]["accuracy"] or 0.0
+        value = methods[name]["accuracy"]
         low, high = methods[name].get("accuracy_interval") or (value, value)
         axes.barh(at, 100 * value, color="#4878a8")
         axes.errorbar(
@@ -66,7 +66,7 @@ def _scatter(axes: Axes, methods: Mapping[str, Figures], cost: str, label: str) 
 
 def _heat_map(axes: Axes, methods: Mapping[str, Figures], sources: list[str]) -> None:
     values = [
-        [100 * figures.get("by_source", {}).get(source, {}).get("accuracy", float("nan")) for source in sources]
+        [_percent(figures.get("by_source", {}).get(source, {}).get("accuracy")) for source in sources]
         for figures in methods.values()
     ]
     axes.imshow(values, cmap="YlGnBu", vmin=0, vmax=100, aspect="auto")
@@ -76,6 +76,10 @@ def _heat_map(axes: Axes, methods: Mapping[str, Figures], sources: list[str]) ->
                 axes.text(x, y, f"{value:.1f}", ha="center", va="center", color="white" if value > 60 else "black")
     axes.set_xticks(range(len(sources)), sources, rotation=30, ha="right")
     axes.set_yticks(range(len(methods)), list(methods))
+
+
+def _percent(share: float | None) -> float:
+    return float("nan") if share is None else 100 * share
 
 
 def _saved(figure: Any, path: Path) -> Path:

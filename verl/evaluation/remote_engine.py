@@ -26,6 +26,8 @@ from verl.errors import ConfigError, EngineError, GeneratorError
 
 _RETRIED_STATUS = (408, 409, 425, 429)
 _ROLES = ("system", "user", "assistant")
+_SAMPLE = "Who wrote <query>Emma</query> in 1815?"
+"""Words, a tag and a number: what different tokenizers cut differently."""
 _PIECE = re.compile(r"\s*\w{1,5}|\s*[^\w\s]|\s+")
 
 
@@ -136,6 +138,7 @@ class RemoteEngine:
             trust_env=False,
         )
         self._slots = asyncio.Semaphore(config.concurrency)
+        self._checked: asyncio.Future[list[int] | None] | None = None
         self._retry = RetryPolicy(config.retry_window_s, malformed_retries=2)
 
     async def __aenter__(self) -> RemoteEngine:
@@ -157,11 +160,40 @@ class RemoteEngine:
             EngineError: no usable reply within the retries, or the endpoint refuses the request.
         """
         path, body = self._request(prompt_ids, sampling)
+        if self._config.mode == "tokens":
+            await self._check_tokenizer()
         try:
             choice = await self._retry.run(lambda: self._ask(path, body), self._config.base_url, lambda: None)
             return self._generation(choice, sampling)
         except (GeneratorError, Malformed) as cause:
             raise EngineError(str(cause)) from cause
+
+    async def _check_tokenizer(self) -> None:
+        """Compare our ids of a sample text with the endpoint's, once; other servers than vLLM cannot be asked."""
+        if self._checked is None:
+            self._checked = asyncio.ensure_future(self._endpoint_ids())
+        try:
+            theirs = await asyncio.shield(self._checked)
+        except httpx.TransportError:
+            self._checked = None  # the request itself will say what is wrong, with its retries
+            return
+        ours = list(self._tokenizer.encode(_SAMPLE, add_special_tokens=False))
+        if theirs is not None and theirs != ours:
+            raise EngineError(
+                f"{self._config.base_url} serves {self._config.model} with another tokenizer than "
+                f"remote.tokenizer={self._config.tokenizer}: {theirs} and {ours} for {_SAMPLE!r}; name the tokenizer "
+                "of the served model, or set mode=text"
+            )
+
+    async def _endpoint_ids(self) -> list[int] | None:
+        root = self._config.base_url.rstrip("/").removesuffix("/v1")
+        body = {"model": self._config.model, "prompt": _SAMPLE, "add_special_tokens": False}
+        answer = await self._http.post(f"{root}/tokenize", json=body)
+        try:
+            tokens = answer.json()["tokens"] if answer.status_code == 200 else None
+        except (ValueError, KeyError, TypeError):
+            return None
+        return tokens if isinstance(tokens, list) else None
 
     def _request(self, prompt_ids: Sequence[int], sampling: Sampling) -> tuple[str, dict[str, Any]]:
         body: dict[str, Any] = {

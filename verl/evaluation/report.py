@@ -39,9 +39,10 @@ def write_report(
             question names gold passages), searches per question, `n` questions, and `seconds`; further keys are kept.
             `accuracy_interval` [low, high], `accuracy_by_kind` {kind: accuracy}, `against_baseline` (a
             `verl.evaluation.summary.Comparison`), `own_em` and `documents`, the mean number given to the generator, get
-            columns of their own.
+            columns of their own, as have `scores` {name: share}, with the interval of the `headline` among
+            them, and the `paper`'s figure; `intervals` {figure: [low, high]} bring a table of passages and costs.
         extra: further top-level keys. `stages` {name: seconds} and `controls` {method: summary} get tables of their
-            own, `baseline` is named.
+            own, `baseline` and `partial` {asked, missing} are named.
 
     Returns:
         What `report.json` holds: `{"methods": ..., "seed": ..., **extra}`, floats that are not finite as null.
@@ -62,6 +63,32 @@ def table(methods: Mapping[str, Figures]) -> list[list[str]]:
     columns = _columns(methods)
     rows = [["method", *(column.heading for column in columns)]]
     return rows + [[name, *(column.cell(figures) for column in columns)] for name, figures in methods.items()]
+
+
+def passage_table(methods: Mapping[str, Figures]) -> list[list[str]]:
+    """Return what the methods found, and at what cost, as rows of cells: over all questions, then by source."""
+    head = ["method", "source", "recall", "95 %", "answer in context", "95 %", "documents", "searches", "tokens", "n"]
+    rows = [head]
+    for name, figures in methods.items():
+        costs = [
+            _number(figures.get("documents"), 1),
+            _number(figures["searches"], 2),
+            _number(figures.get("tokens"), 0),
+        ]
+        rows.append([name, "all", *_passage_cells(figures), *costs, str(figures["n"])])
+        sources = figures.get("by_source", {})
+        for source, found in sources.items() if len(sources) > 1 else ():
+            rows.append([name, source, *_passage_cells(found), "", "", "", str(found["n"])])
+    return rows
+
+
+def _passage_cells(figures: Figures) -> list[str]:
+    intervals = figures.get("intervals", {})
+    return [
+        cell
+        for name in ("recall", "answer_in_context")
+        for cell in (_share(figures.get(name)), _interval(intervals.get(name)))
+    ]
 
 
 def stage_table(stages: Mapping[str, float]) -> list[list[str]]:
@@ -227,6 +254,12 @@ def _markdown(report: Mapping[str, Any]) -> str:
     if "stages" in report:
         parts += ["## Wall-clock", markdown(stage_table(report["stages"]))]
     parts.append(f"Seed {report['seed']}.\n")
+    if any("intervals" in figures for figures in report["methods"].values()):
+        parts += ["## Passages and costs", markdown(passage_table(report["methods"]))]
+        parts.append("Recall of gold passages, and questions with a gold answer in their documents, in %.\n")
+    if "partial" in report:
+        gaps = ", ".join(f"{name} lacks {count}" for name, count in report["partial"]["missing"].items())
+        parts.append(f"Partial: of {report['partial']['asked']} questions those that every method has; {gaps}.\n")
     return "\n".join(parts)
 
 

@@ -41,7 +41,7 @@ async def score_contexts(
         DataError: no questions, a repeated id, or a question without an entry in `documents`.
         GeneratorError: more questions failed than `config.max_failed_fraction` allows.
     """
-    _check(questions, documents)
+    check_questions(questions, documents)
     settings = config or ScoringConfig()
     done = 0
 
@@ -68,18 +68,7 @@ async def score_question(
     judging: Judging = "when_needed",
 ) -> ScoredQuestion:
     """Score one question; a failure of the generator or the judge becomes a row that says so."""
-    passages = passage_metrics(question, documents)
-    row = ScoredQuestion(
-        id=question.id,
-        source=question.source,
-        kind=question.kind,
-        recall=passages and passages.recall,
-        gold_precision=passages and passages.precision,
-        ndcg=passages and passages.ndcg,
-        reciprocal_rank=passages and passages.reciprocal_rank,
-        answer_in_context=answer_in_context(question, documents),
-        documents=len(documents),
-    )
+    row = passage_row(question, documents)
     try:
         verdict = await judge_answer(question, await answer(question, documents), judge, judging)
     except GeneratorError as error:
@@ -101,6 +90,22 @@ async def score_question(
     )
 
 
+def passage_row(question: Question, documents: Sequence[Document]) -> ScoredQuestion:
+    """Return what the documents alone say about one question; nothing in it is about an answer."""
+    passages = passage_metrics(question, documents)
+    return ScoredQuestion(
+        id=question.id,
+        source=question.source,
+        kind=question.kind,
+        recall=passages and passages.recall,
+        gold_precision=passages and passages.precision,
+        ndcg=passages and passages.ndcg,
+        reciprocal_rank=passages and passages.reciprocal_rank,
+        answer_in_context=answer_in_context(question, documents),
+        documents=len(documents),
+    )
+
+
 def with_trace(row: ScoredQuestion, trajectory: Trajectory, tokens: int, seconds: float) -> ScoredQuestion:
     """Return the row with what gathering its documents took, and with the searcher's own answer."""
     row = replace(row, searches=trajectory.searches, tokens=tokens, seconds=seconds)
@@ -116,7 +121,8 @@ def with_trace(row: ScoredQuestion, trajectory: Trajectory, tokens: int, seconds
     )
 
 
-def _check(questions: Sequence[Question], documents: Mapping[str, Sequence[Document]]) -> None:
+def check_questions(questions: Sequence[Question], documents: Mapping[str, Sequence[Document]]) -> None:
+    """Check that there are questions, each once and each with an entry in `documents`; DataError if not."""
     if not questions:
         raise DataError("no questions to score; expected at least one")
     repeated = [id for id, times in Counter(question.id for question in questions).items() if times > 1]

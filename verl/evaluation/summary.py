@@ -81,10 +81,17 @@ class ScoredQuestion:
     own_f1: float = 0.0
 
 
-_RATES = ("span", "em", "f1", "sub_span", "strict", "precision", "token_recall", "answer_in_context")
+_ANSWERS = ("span", "em", "f1", "sub_span", "strict", "precision", "token_recall")
+_RATES = (*_ANSWERS, "answer_in_context")
 _COSTS = ("documents", "searches", "tokens", "seconds")
 _PASSAGES = ("recall", "gold_precision", "ndcg", "reciprocal_rank")
 _OWN = ("own_accurate", "own_em", "own_f1")
+
+OF_ANSWERS = ("accuracy", *_ANSWERS)
+"""The figures of a summary that the generator's answers decide."""
+
+ABOUT_ANSWERS = (*_ANSWERS, "documents_used", "answer", "accurate", "judge", "failed")
+"""The fields of a `ScoredQuestion` that say nothing where no generator was asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +104,7 @@ class Summary:
         recall, gold_precision, ndcg, reciprocal_rank: over the questions that name gold passages, None if none does.
         judge: mean of each part over the questions that have it.
         own_accurate, own_em, own_f1: of the searcher's own answers, over all questions; None if it gave none at all.
+        intervals: 95 % percentile bootstrap interval (low, high) of every mean here that is not None, by its name.
     """
 
     n: int
@@ -124,6 +132,7 @@ class Summary:
     own_em: float | None
     own_f1: float | None
     judge: Mapping[str, float] = field(default_factory=dict)
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,33 +217,46 @@ def mcnemar(won: int, lost: int) -> float:
 
 def bootstrap_interval(values: Sequence[float], resamples: int, seed: int, level: float = 0.95) -> tuple[float, float]:
     """Return the percentile bootstrap interval of the mean of `values` (Efron), reproducible for one seed."""
+    return bootstrap_intervals({"mean": values}, resamples, seed, level)["mean"]
+
+
+def bootstrap_intervals(
+    columns: Mapping[str, Sequence[float]], resamples: int, seed: int, level: float = 0.95
+) -> dict[str, tuple[float, float]]:
+    """Return the interval of every column's mean; columns are about the same questions and share the resamples."""
     rng = np.random.default_rng(seed)
-    sample = np.asarray(values, dtype=np.float64)
+    sample = np.array([list(values) for values in columns.values()], dtype=np.float64)  # (C, n)
+    size = sample.shape[1]
     # One resample at a time: (resamples, n) indices of a large benchmark would not fit into memory.
-    means = [sample[rng.integers(0, len(sample), len(sample))].mean() for _ in range(resamples)]
+    means = np.array(
+        [sample @ np.bincount(rng.integers(0, size, size), minlength=size) / size for _ in range(resamples)]
+    )
     tail = (1.0 - level) / 2.0
-    low, high = np.quantile(means, [tail, 1.0 - tail])
-    return float(low), float(high)
+    lows, highs = np.quantile(means, [tail, 1.0 - tail], axis=0)
+    return {name: (float(low), float(high)) for name, low, high in zip(columns, lows, highs, strict=True)}
 
 
 def _summary(rows: Sequence[ScoredQuestion], config: ScoringConfig) -> Summary:
-    accuracy = [float(row.accurate) for row in rows]
-    low, high = bootstrap_interval(accuracy, config.resamples, config.seed)
-    means = {name: _mean([float(getattr(row, name)) for row in rows]) for name in _RATES + _COSTS}
-    known = {name: [value for row in rows if (value := getattr(row, name)) is not None] for name in _PASSAGES}
-    answers = any(row.own_answer is not None for row in rows)
-    own = {name: _mean([float(getattr(row, name)) for row in rows]) if answers else None for name in _OWN}
+    columns = {"accuracy": [float(row.accurate) for row in rows]}
+    columns |= {name: [float(getattr(row, name)) for row in rows] for name in _RATES + _COSTS}
+    if any(row.own_answer is not None for row in rows):
+        columns |= {name: [float(getattr(row, name)) for row in rows] for name in _OWN}
+    named = [row for row in rows if row.recall is not None]
+    passages = {name: [float(getattr(row, name) or 0.0) for row in named] for name in _PASSAGES} if named else {}
+    intervals = bootstrap_intervals(columns, config.resamples, config.seed)
+    if passages:
+        intervals |= bootstrap_intervals(passages, config.resamples, config.seed)
+    means = {name: _mean(values) for name, values in (columns | passages).items()}
+    low, high = intervals["accuracy"]
     parts = dict.fromkeys(part for row in rows for part in row.judge)
     return Summary(
         n=len(rows),
         failed=sum(bool(row.failed) for row in rows),
-        accuracy=_mean(accuracy),
         accuracy_low=low,
         accuracy_high=high,
-        **means,
-        **{name: _mean(values) if values else None for name, values in known.items()},
-        **own,
+        **(dict.fromkeys(_PASSAGES + _OWN) | means),
         judge={part: _mean([row.judge[part] for row in rows if part in row.judge]) for part in parts},
+        intervals=intervals,
     )
 
 

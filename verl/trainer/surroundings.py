@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from generator_llms.client import GeneratorClient
 from generator_llms.config import GeneratorConfig
-from generator_llms.judge import LLMJudge
+from generator_llms.judge import judge_by
 from verl.agent.grammar.base import Message
 from verl.agent.grammar.registry import SearchConfig, build_grammar
 from verl.retrieval.client import RetrieverClientConfig
@@ -46,7 +46,7 @@ class ServiceSurroundings:
         search = open_search(self.retriever, self.literature, self.processes)
         generator = GeneratorClient(self.generator)
         judging = GeneratorClient(self.judge_generator) if self.judge_generator else generator
-        judge = LLMJudge(judging.complete) if self.judge else None
+        judge = judge_by(judging) if self.judge else None
         sql = SqlEngine(self.reward.sql) if self.reward.sql else None
         tools = Tools(likelihood=generator.answer_logprobs, sampler=generator.samples, sql=sql)
         scorer = Scorer(self.reward, generator.answer, judge, tools)
