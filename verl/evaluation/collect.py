@@ -29,7 +29,7 @@ from verl.agent.grammar.s3 import S3Config
 from verl.agent.protocols import Sampling
 from verl.config import run_entry
 from verl.errors import ConfigError, DataError
-from verl.evaluation.collectors import Collector, Direct, NaiveRag, Oracle, Searcher, passages_of, raw_query
+from verl.evaluation.collectors import Collector, Direct, NaiveRag, Oracle, Searcher, passages_of
 from verl.evaluation.identity import check_tokenizer, model_identity, retriever_identity
 from verl.evaluation.journal import (
     Journal,
