@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,9 +29,9 @@ from data_preprocess.disjoint import Separated, separate, wording
 from data_preprocess.pubdate import normalise_date
 from data_preprocess.readers.base import Row, answers_of, shown, text_of
 from data_preprocess.readers.files import read_file
+from data_preprocess.splits import check_new, write_splits
 from verl.agent.grammar.deepretrieval import DeepRetrievalConfig, DeepRetrievalGrammar
 from verl.errors import DataError, SearchAgentError
-from verl.records import write_questions
 from verl.types import Question
 
 logger = logging.getLogger(__name__)
@@ -84,17 +82,11 @@ def convert(name: str, source: Path, save_dir: Path, validation: int = VALIDATIO
         DataError: a file is missing, a row cannot be read (names it), nothing is left of a split, or `save_dir` is not
             empty.
     """
-    if save_dir.exists() and any(save_dir.iterdir()):
-        raise DataError(f"{save_dir} is not empty; pass a new folder")
+    check_new(save_dir)
     read = {split: [q for path in _paths(source, split) for q in read_rows(name, path)] for split in _FILES}
     separated = separate(read, validation, seed, keys)
     grammar = DeepRetrievalGrammar(DeepRetrievalConfig(task=DATASETS[name].task))
-    save_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=save_dir.parent, prefix=f".{save_dir.name}-") as folder:
-        for split, questions in separated.splits.items():
-            target = Path(folder) / "made" / f"{split}.parquet"
-            write_questions(target, questions, split, lambda question: grammar.prompt_messages(question)[0]["content"])
-        os.replace(Path(folder) / "made", save_dir)
+    write_splits(save_dir, separated.splits, lambda question: grammar.prompt_messages(question)[0]["content"])
     return separated
 
 

@@ -172,6 +172,23 @@ def test_the_published_parquets_are_read(tmp_path: Path) -> None:
     assert read_questions(tmp_path / "out/test.parquet") == list(made.splits["test"])
 
 
+@pytest.mark.parametrize(
+    ("name", "sources"),
+    [
+        ("pubmed", ["pubmed", "pubmed_32", "pmd_no_reason"]),
+        ("ctgov", ["ctgov", "ctgov_32"]),
+        ("nq_serini", ["nq_serini", "nq_serini_no_reason"]),
+        ("triviaqa", ["triviaqa", "triviaqa_no_reason"]),
+        ("squad", ["squad", "squad_no_reason"]),
+    ],
+)
+def test_every_published_name_is_known(tmp_path: Path, name: str, sources: list[str]) -> None:
+    text, label = ("P: x", "NCT00000001" if name == "ctgov" else "1") if name in ("pubmed", "ctgov") else ("Who?", "A")
+    rows = [templated(source, 0, "test", input=text, label=[label]) for source in sources]
+    published(tmp_path / "test.parquet", rows)
+    assert [question.source for question in read_rows(name, tmp_path / "test.parquet")] == sources
+
+
 def test_published_evidence_questions_and_validation_out_of_test(tmp_path: Path) -> None:
     def row(number: int) -> dict[str, Any]:
         return templated("squad_no_reason", number, "", input=f"Who wrote {number}?", label=["A", "B"])
