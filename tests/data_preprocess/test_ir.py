@@ -219,7 +219,10 @@ def test_a_row_that_cannot_be_read_is_named(tmp_path: Path, row: dict[str, Any],
 
 def test_two_grades_for_one_document_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "test.parquet"
-    rows = [templated("fever_test", 0, {"target": ["a"]}, qid="1", query="q", target=["a"], score=[grade]) for grade in (1, 2)]
+    rows = [
+        templated("fever_test", 0, {"target": ["a"]}, qid="1", query="q", target=["a"], score=[grade])
+        for grade in (1, 2)
+    ]
     published(path, rows)
     with pytest.raises(DataError, match="document 'a' has grade 2 here and 1 before"):
         read_rows(IrSet("fever"), path)
