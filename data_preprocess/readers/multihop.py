@@ -12,7 +12,6 @@ from typing import Any
 
 from data_preprocess.readers.base import Entry, Evidence, Format, Row, one_answer, optional_text, shown, text_of, titled
 from verl.rewards.recall import title_key
-from verl.types import Document
 
 _FACTS = "supporting_facts"
 
@@ -43,8 +42,28 @@ def evidence_of(row: Row) -> Evidence:
         ValueError: either has none of the two forms.
     """
     titles = tuple(dict.fromkeys(" ".join(title.split()) for title in _fact_titles(row.get(_FACTS))))
-    documents, keys = _documents(row.get("context")), set(map(title_key, titles))
+    documents = tuple(titled(title, texts, str(number)) for number, (title, texts) in enumerate(_checked_pairs(row)))
+    keys = set(map(title_key, titles))
     return Evidence(titles, documents, tuple(page.id for page in documents if title_key(page.title) in keys))
+
+
+def supporting_sentences(row: Row) -> list[tuple[str, str]]:
+    """Return (title, sentence) of every supporting fact whose sentence the row ships, in the row's order.
+
+    Raises:
+        ValueError: as `evidence_of`.
+    """
+    facts = row.get(_FACTS)
+    titles = _fact_titles(facts)
+    numbers = facts.get("sent_id", ()) if isinstance(facts, Mapping) else [entry[1:2] for entry in facts or ()]
+    numbers = [number[0] if isinstance(number, list | tuple) and number else number for number in numbers]
+    pages = {title_key(title): texts for title, texts in _checked_pairs(row)}
+    found = []
+    for title, number in zip(titles, numbers, strict=False):
+        sentences = pages.get(title_key(title), ())
+        if isinstance(number, int) and 0 <= number < len(sentences) and sentences[number].strip():
+            found.append((" ".join(title.split()), " ".join(sentences[number].split())))
+    return found
 
 
 def _fact_titles(facts: Any) -> list[str]:
@@ -56,12 +75,13 @@ def _fact_titles(facts: Any) -> list[str]:
     return titles
 
 
-def _documents(context: Any) -> tuple[Document, ...]:
+def _checked_pairs(row: Row) -> list[tuple[str, Any]]:
+    context = row.get("context")
     pairs = _pairs(context) if context else []
     if pairs is None or not all(isinstance(title, str) and _are_texts(texts) for title, texts in pairs):
         expected = "[[title, [sentence]]] or {title: [], sentences: [[]]}"
         raise ValueError(f"context is {shown(context)}; expected {expected}")
-    return tuple(titled(title, texts, str(number)) for number, (title, texts) in enumerate(pairs))
+    return pairs
 
 
 def _pairs(context: Any) -> list[tuple[Any, Any]] | None:

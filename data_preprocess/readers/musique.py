@@ -54,7 +54,7 @@ def read(row: Row) -> Entry:
 def kind_of(id: str, row: Row) -> str:
     """Return "2-hop" and so on, from the id (`2hop__...`, `3hop1__...`) or else from the decomposition."""
     match = _HOPS.match(id)
-    hops = int(match[1]) if match else len(_steps(row))
+    hops = int(match[1]) if match else len(steps(row))
     return f"{hops}-hop" if hops else ""
 
 
@@ -71,15 +71,20 @@ def evidence_of(row: Row) -> Evidence:
         for id, paragraph in zip(ids, paragraphs, strict=True)
     }
     supporting = [id for id, paragraph in zip(ids, paragraphs, strict=True) if paragraph.get("is_supporting")]
-    stepwise = [optional_text(step, "paragraph_support_idx") for step in _steps(row)]
+    stepwise = [optional_text(step, "paragraph_support_idx") for step in steps(row)]
     gold = tuple(dict.fromkeys(id for id in [*stepwise, *supporting] if id in documents))
     titles = tuple(dict.fromkeys(documents[id].title for id in gold if documents[id].title))
     return Evidence(titles, tuple(documents.values()), gold)
 
 
-def _steps(row: Row) -> Sequence[Row]:
-    steps = row.get("question_decomposition")
-    return rows_of(steps, "question_decomposition") if steps else []
+def steps(row: Row) -> Sequence[Row]:
+    """Return the decomposition's steps, none where there is no decomposition.
+
+    Raises:
+        ValueError: it is no list of objects.
+    """
+    found = row.get("question_decomposition")
+    return rows_of(found, "question_decomposition") if found else []
 
 
 FORMAT = Format("musique", "id, question, answer, answer_aliases, paragraphs and decomposition", recognises, read)

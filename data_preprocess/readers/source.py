@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
 from data_preprocess.readers import hub
-from data_preprocess.readers.base import Entry, Format
+from data_preprocess.readers.base import Entry, Format, Row
 from data_preprocess.readers.files import Located, read_file
 from data_preprocess.readers.registry import AUTO, FORMATS, recognise
 from verl.errors import ConfigError, DataError
@@ -77,6 +77,8 @@ class Item:
         place: file and line, for messages.
         gold: ids of the gold passages, among `documents` or in the set's own file of passages.
         fault: why the row cannot be used.
+        format: the name of the row's format.
+        row: the row itself, for what else it says.
     """
 
     place: str
@@ -84,6 +86,8 @@ class Item:
     documents: tuple[Document, ...] = ()
     gold: tuple[str, ...] = ()
     fault: str = ""
+    format: str = ""
+    row: Row = field(default_factory=dict)
 
 
 def locate(key: str, config: SourceConfig) -> str:
@@ -191,7 +195,7 @@ def _item(key: str, config: SourceConfig, format: Format, question_mark: bool, n
         return Item(located.place, fault="an unpaired surrogate (\\ud800 to \\udfff), which is no character; remove it")
     except ValueError as cause:
         return Item(located.place, fault=str(cause))
-    return Item(located.place, question, entry.documents, entry.gold)
+    return Item(located.place, question, entry.documents, entry.gold, format=format.name, row=located.row)
 
 
 def _question(key: str, config: SourceConfig, entry: Entry, number: int, question_mark: bool) -> Question | None:

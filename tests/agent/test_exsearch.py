@@ -95,7 +95,7 @@ async def test_a_turn_without_a_sub_query_costs_a_turn_and_keeps_its_first_line(
     said = (f"<QUERY> a{EOS}", f"It is e1.\nMore is to say.{EOS}", f"<QUERY> b{EOS}", f"Rome{EOS}")
     trajectory, contexts = await play(*said)
     assert [turn.invalid for turn in trajectory.turns] == [False, True, False, False]
-    assert trajectory.turns[1].note == NO_QUERY and not trajectory.valid
+    assert (trajectory.turns[1].note, trajectory.turns[1].fault) == (NO_QUERY, "no_query") and not trajectory.valid
     assert facts_of(trajectory) == ("It is e1.",)
     assert f"{EOS}\n<|im_start|>user\n<SEARCH> Your last turn held no sub-query." in contexts[2]
     assert contexts[3].endswith(f"{SHOWN_B}\n\n{REQUEST}{EOS}\n<|im_start|>assistant\n"), "the third turn of three"

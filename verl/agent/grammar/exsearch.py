@@ -113,13 +113,15 @@ class ExSearchGrammar:
             return self._parse_choice(turns[-1], text)
         if self._answering(turns):
             answer = _bare(_before(text, SEARCH))
-            return Action(answer=answer, finished=True, invalid=not answer, note="" if answer else NO_ANSWER)
+            if not answer:
+                return Action(answer="", finished=True, invalid=True, note=NO_ANSWER, fault="no_answer")
+            return Action(answer=answer, finished=True)
         for read in (_before(text, SEARCH), text):
             if STOP in read:
                 return Action()
             if query := _query_of(read, first=not turns):
                 return Action(query=query)
-        return Action(invalid=True, note=NO_QUERY)
+        return Action(invalid=True, note=NO_QUERY, fault="no_query")
 
     async def observe(self, question: Question, turns: Sequence[Turn], result: SearchResult | None) -> Observation:
         """Answer a turn with documents, the request for the answer, or both."""
@@ -231,7 +233,9 @@ class ExSearchGrammar:
         listed = len(asked.result.documents) if asked.result else 0
         numbers = (int(digits) for digits in _DIGITS.findall(text))
         chosen = tuple(dict.fromkeys(number for number in numbers if 1 <= number <= listed))[: self.config.shown]
-        return Action(selected=chosen, invalid=not chosen, note="" if chosen else NO_CHOICE)
+        if not chosen:
+            return Action(selected=(), invalid=True, note=NO_CHOICE, fault="no_choice")
+        return Action(selected=chosen)
 
     def _shown(self, turns: Sequence[Turn]) -> tuple[Document, ...]:
         """Return the documents shown after `turns`, which end with a search or with the choice after it."""
