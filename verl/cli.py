@@ -27,15 +27,20 @@ COMMANDS: dict[str, Command] = {
     "serve-generator": Command("generator_llms.host", "serve a frozen generator over vLLM"),
     "cache": Command("generator_llms.cache_cli", "stats, export, import or prune of the reply cache"),
     "precompute": Command("data_preprocess.rag_cache", "answer questions by naive RAG: round-0 documents and baseline"),
+    "warmup": Command("data_preprocess.warmup", "turn supporting facts into ExSearch's warm-up trajectories"),
     "import-cache": Command("data_preprocess.published_cache", "make baselines of a published rag_cache.json"),
     "train": Command("verl.trainer.main_ppo", "train a searcher"),
     "query-quickstart": Command("verl.trainer.query_quickstart", "DeepRetrieval on the embedded world, offline"),
+    "sft": Command("verl.trainer.main_sft", "fine-tune a model on weighted examples"),
     "verify-resume": Command(
         "verl.trainer.verify_resume", "prove that a killed and resumed training equals an unbroken one"
     ),
     "collect": Command("verl.evaluation.collect", "gather every question's documents by one method"),
     "controls": Command("verl.evaluation.controls", "what equal, random, gold or no documents do"),
     "leaderboard": Command("verl.evaluation.leaderboard", "put several reports into one table, page and plots"),
+    "evaluate-queries": Command(
+        "verl.evaluation.deepretrieval", "score queries and SQL by what they find, several methods in one report"
+    ),
     "evaluate": Command("verl.evaluation.evaluate", "score collected documents, several methods in one report"),
 }
 

@@ -24,12 +24,13 @@ from generator_llms.client import GeneratorClient
 from generator_llms.config import GeneratorConfig
 from verl.agent.chat import EngineChat
 from verl.agent.grammar.base import Message
+from verl.agent.grammar.deepretrieval import DeepRetrievalConfig
 from verl.agent.grammar.registry import SearchConfig, build_grammar
 from verl.agent.grammar.s3 import S3Config
 from verl.agent.protocols import Sampling
 from verl.config import run_entry
 from verl.errors import ConfigError, DataError
-from verl.evaluation.collectors import Collector, Direct, NaiveRag, Oracle, Searcher, passages_of
+from verl.evaluation.collectors import Collector, Direct, NaiveRag, Oracle, Searcher, passages_of, raw_query
 from verl.evaluation.identity import check_tokenizer, model_identity, retriever_identity
 from verl.evaluation.journal import (
     Journal,
@@ -41,8 +42,8 @@ from verl.evaluation.journal import (
     write_whole,
 )
 from verl.evaluation.remote_engine import RemoteConfig, RemoteEngine, Transcript
-from verl.records import read_questions
 from verl.evaluation.scripted import TitleOracle
+from verl.records import read_questions
 from verl.retrieval.client import RetrieverClient, RetrieverClientConfig
 from verl.retrieval.corpus import Corpus
 from verl.retrieval.engines.choice import open_search
@@ -227,7 +228,7 @@ class CollectConfig:
         output: folder of the results.
         method: a key of `METHODS`.
         limit: take the first so many questions only.
-        topk: documents of naive RAG; a searcher's top-k is its protocol's.
+        topk: documents of naive RAG and of the raw query; a searcher's top-k is its protocol's.
         corpus: corpus in which the oracle looks titles up.
         engine: the searcher's model and how it is run here.
         remote: the endpoint that serves the searcher, in place of `engine`.
@@ -280,6 +281,8 @@ class Prepared:
 async def _search(config: CollectConfig, stack: AsyncExitStack) -> tuple[RetrieverClient | LiteratureSearch, str]:
     """Open what is searched, and say what it is."""
     search = await stack.enter_async_context(open_search(config.retriever, config.literature))
+    if config.method == "searcher" and isinstance(config.search, DeepRetrievalConfig) and config.search.task == "sql":
+        return search, "none"  # a statement is the answer itself
     known = config.literature
     return search, known.engine if known else await retriever_identity(config.retriever.url)
 
@@ -287,6 +290,11 @@ async def _search(config: CollectConfig, stack: AsyncExitStack) -> tuple[Retriev
 async def _naive_rag(config: CollectConfig, questions: Sequence[Question], stack: AsyncExitStack) -> Prepared:
     search, identity = await _search(config, stack)
     return Prepared(NaiveRag(search, config.topk), {"retriever": identity, "topk": config.topk})
+
+
+async def _raw_query(config: CollectConfig, questions: Sequence[Question], stack: AsyncExitStack) -> Prepared:
+    search, identity = await _search(config, stack)
+    return Prepared(NaiveRag(search, config.topk, raw_query), {"retriever": identity, "topk": config.topk})
 
 
 async def _direct(config: CollectConfig, questions: Sequence[Question], stack: AsyncExitStack) -> Prepared:
@@ -323,14 +331,6 @@ async def _searcher(config: CollectConfig, questions: Sequence[Question], stack:
     return Prepared(collector, parameters)
 
 
-class Condenser(GeneratorClient):
-    """A generator service as the model that condenses."""
-
-    async def __call__(self, messages: Sequence[Message]) -> str:
-        """Return the reply; raises as `complete`."""
-        return (await self.complete(messages)).text
-
-
 async def _scripted(config: CollectConfig, questions: Sequence[Question], stack: AsyncExitStack) -> Prepared:
     """The s3 protocol played by a policy that knows the gold titles."""
     if not isinstance(config.search, S3Config):
@@ -340,6 +340,14 @@ async def _scripted(config: CollectConfig, questions: Sequence[Question], stack:
     engine = TitleOracle(questions, tokenizer)
     collector = Searcher(build_grammar(config.search), engine, search, tokenizer, Sampling(0.0), config.initial_k)
     return Prepared(collector, {"retriever": identity, "search": config.search, "initial_k": config.initial_k})
+
+
+class Condenser(GeneratorClient):
+    """A generator service as the model that condenses."""
+
+    async def __call__(self, messages: Sequence[Message]) -> str:
+        """Return the reply; raises as `complete`."""
+        return (await self.complete(messages)).text
 
 
 def _check_policy(config: CollectConfig) -> None:
@@ -360,6 +368,7 @@ def _policy(config: CollectConfig) -> tuple[Mapping[str, Any], Any, RolloutEngin
         return {"model": remote.model, "mode": remote.mode}, tokenizer, RemoteEngine(remote, tokenizer)
     assert config.engine is not None  # checked before
     tokenizer = _tokenizer(config.engine.model, "engine.model")
+    check_tokenizer(config.engine.model, tokenizer.vocab_size)
     identity = {"model": model_identity(config.engine.model), "dtype": config.engine.dtype}
     return identity, tokenizer, create_engine(config.engine)
 
@@ -368,7 +377,6 @@ def _tokenizer(name: str, key: str) -> Any:
     from transformers import AutoTokenizer  # takes seconds, and the other methods do without
 
     try:
-    check_tokenizer(config.engine.model, tokenizer.vocab_size)
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as cause:
         raise ConfigError(
@@ -379,9 +387,11 @@ def _tokenizer(name: str, key: str) -> Any:
 
 METHODS: dict[str, Callable[[CollectConfig, Sequence[Question], AsyncExitStack], Awaitable[Prepared]]] = {
     "naive_rag": _naive_rag,
+    "raw_query": _raw_query,
     "searcher": _searcher,
     "direct": _direct,
     "oracle": _oracle,
+    "scripted": _scripted,
 }
 
 
@@ -391,7 +401,6 @@ async def run(config: CollectConfig) -> list[Context]:
     if not questions:
         raise DataError(f"{config.questions} holds no question; expected at least one row")
     async with AsyncExitStack() as stack:
-    "scripted": _scripted,
         prepared = await METHODS[config.method](config, questions, stack)
         parameters = {"method": config.method, **prepared.parameters}
         title = config.search.protocol if config.method == "searcher" else config.method

@@ -7,7 +7,7 @@ that grammar. To add another kind of method, write a class with `__call__` and e
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -18,6 +18,8 @@ from verl.agent.protocols import PolicyEngine, Sampling, Search, bound_to
 from verl.errors import RetrieverError
 from verl.rewards.recall import title_key
 from verl.types import Document, Question, SearchResult, Stop, Trajectory, Turn
+
+_PICO = ("P", "I", "C", "O")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +48,34 @@ class Collector(Protocol):
 
 
 class NaiveRag:
-    """The question, without answer options, is the query, and the first `topk` documents are the context."""
+    """The question, without answer options, is the query, and the first `topk` documents are the context.
 
-    def __init__(self, search: Search, topk: int) -> None:
+    Args:
+        query_of: makes the query of a question.
+    """
+
+    def __init__(self, search: Search, topk: int, query_of: Callable[[Question], str] = retrieval_query) -> None:
         self._search = search
         self._topk = topk
+        self._query_of = query_of
 
     async def __call__(self, question: Question) -> Gathered:
         """Search once."""
-        query = retrieval_query(question)
+        query = self._query_of(question)
         result = await _search_once(bound_to(self._search, question), query, self._topk)
         turn = Turn(segments=(), text="", query=query, finished=True, result=result)
         return Gathered(Trajectory(question, (), (turn,), Stop.FINISHED, result.documents))
+
+
+def raw_query(question: Question) -> str:
+    """Return what DeepRetrieval's baseline searches: of a literature question P OR I OR C OR O, else the question.
+
+    The parts are joined as they stand, as published; a part without text is left out.
+    """
+    lines = [line.partition(":") for line in question.text.splitlines()]
+    if [head for head, _, _ in lines] != list(_PICO):
+        return retrieval_query(question)
+    return " OR ".join(part.strip() for _, _, part in lines if part.strip())
 
 
 class Direct:

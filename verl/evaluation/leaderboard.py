@@ -53,7 +53,7 @@ class LeaderboardConfig:
 
 
 def read_reports(folders: Sequence[Path]) -> dict[str, Mapping[str, Any]]:
-    """Return the figures of all methods, the most accurate first.
+    """Return the figures of all methods, the best first: by accuracy, or by the headline of what has none.
 
     Raises:
         DataError: a folder holds no finished report.
@@ -74,7 +74,12 @@ def read_reports(folders: Sequence[Path]) -> dict[str, Mapping[str, Any]]:
         raise DataError(
             f"several of {', '.join(map(str, folders))} share their name and their methods; rename a folder"
         )
-    return dict(sorted(named.items(), key=lambda item: -(item[1]["accuracy"] or 0.0)))
+    return dict(sorted(named.items(), key=lambda item: -_rank_by(item[1])))
+
+
+def _rank_by(figures: Mapping[str, Any]) -> float:
+    headline = figures.get("scores", {}).get(figures.get("headline"), 0.0)
+    return headline if figures["accuracy"] is None else figures["accuracy"]
 
 
 def leaderboard_table(methods: Mapping[str, Mapping[str, Any]], setting: Setting | None) -> list[list[str]]:

@@ -200,6 +200,14 @@ def _columns(methods: Mapping[str, Figures]) -> list[Column]:
     kinds = dict.fromkeys(kind for figures in methods.values() for kind in figures.get("accuracy_by_kind", {}))
     for kind in kinds:
         columns.append(Column(kind, lambda figures, kind=kind: _share(figures.get("accuracy_by_kind", {}).get(kind))))
+    for name in dict.fromkeys(name for figures in methods.values() for name in figures.get("scores", {})):
+        columns.append(Column(name, lambda figures, name=name: _share(figures.get("scores", {}).get(name))))
+        if any(name == figures.get("headline") for figures in methods.values()):
+            columns.append(
+                Column("95 %", lambda figures, name=name: _interval(figures.get("score_intervals", {}).get(name)))
+            )
+    if any("paper" in figures for figures in methods.values()):
+        columns.append(Column("paper", lambda figures: _share(figures.get("paper"))))
     if any("against_baseline" in figures for figures in methods.values()):
         columns.append(Column("difference", lambda figures: _difference(figures.get("against_baseline"))))
     if any(figures.get("own_em") is not None for figures in methods.values()):
@@ -246,6 +254,12 @@ def _markdown(report: Mapping[str, Any]) -> str:
             f"Differences are of accuracy against {report['baseline']} on the same questions, with a 95 % bootstrap "
             "interval and the p-value of McNemar's exact test.\n"
         )
+    if any("intervals" in figures for figures in report["methods"].values()):
+        parts += ["## Passages and costs", markdown(passage_table(report["methods"]))]
+        parts.append("Recall of gold passages, and questions with a gold answer in their documents, in %.\n")
+    if "partial" in report:
+        gaps = ", ".join(f"{name} lacks {count}" for name, count in report["partial"]["missing"].items())
+        parts.append(f"Partial: of {report['partial']['asked']} questions those that every method has; {gaps}.\n")
     for name, found in report.get("controls", {}).items():
         parts += [f"## Controls of {name}", markdown(found["differences"])]
         if found["repeatability"] is not None:
@@ -254,12 +268,6 @@ def _markdown(report: Mapping[str, Any]) -> str:
     if "stages" in report:
         parts += ["## Wall-clock", markdown(stage_table(report["stages"]))]
     parts.append(f"Seed {report['seed']}.\n")
-    if any("intervals" in figures for figures in report["methods"].values()):
-        parts += ["## Passages and costs", markdown(passage_table(report["methods"]))]
-        parts.append("Recall of gold passages, and questions with a gold answer in their documents, in %.\n")
-    if "partial" in report:
-        gaps = ", ".join(f"{name} lacks {count}" for name, count in report["partial"]["missing"].items())
-        parts.append(f"Partial: of {report['partial']['asked']} questions those that every method has; {gaps}.\n")
     return "\n".join(parts)
 
 
