@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import groupby
 
 _TOKEN = re.compile(
     r"""
@@ -51,3 +52,9 @@ def without_distinct(sql: str) -> str:
 def joined_comparisons(sql: str) -> str:
     """Return a statement with `> =`, `< =` and `! =` written together, as Spider's evaluation reads it."""
     return sql.replace("> =", ">=").replace("< =", "<=").replace("! =", "!=")
+
+
+def one_line(sql: str) -> str:
+    """Return a statement in one line: white space and comments between its tokens become one space."""
+    runs = groupby(pieces(sql), key=lambda piece: piece[0] == "space")
+    return "".join(" " if blank else "".join(text for _, text in run) for blank, run in runs).strip()
