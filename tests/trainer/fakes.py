@@ -59,7 +59,9 @@ def sample(
     if failed:
         broken = Trajectory(asked or question(), PROMPT, tuple(turns or ()), Stop.FAILED, error=failed)
         return Sample(broken, RewardOutcome(math.nan, failed=failed), 0.0, 0.0, seconds)
-    outcome = RewardOutcome(score, parts or {}, correct=score > 0)
+    # Parts as of a generator that was right where the score is positive, unless told otherwise.
+    given = {"accuracy": float(score > 0)} if parts is None else parts
+    outcome = RewardOutcome(score, given, correct=score > 0)
     return Sample(trajectory(asked, turns), outcome, 0.25 * seconds, 0.5 * seconds, seconds)
 
 

@@ -120,9 +120,10 @@ def test_rewards_are_averaged_over_what_was_scored() -> None:
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
 
 
-def test_a_reward_with_an_accuracy_of_its_own_is_believed() -> None:
-    samples = [sample(1.1, parts={"accuracy": 1.0}), sample(0.4, parts={"accuracy": 0.0}), sample(1.0), sample(0.0)]
-    assert rollout_metrics(samples)["reward/accuracy"] == 0.5  # the last two go by the generator's answer
+def test_where_nothing_was_answered_there_is_no_accuracy() -> None:
+    samples = [sample(6.0, parts={"recall": 1.0}), sample(-2.5, parts={"recall": 0.0})]
+    assert "reward/accuracy" not in rollout_metrics(samples)
+    assert rollout_metrics([*samples, sample(1.0, parts={"accuracy": 1.0})])["reward/accuracy"] == 1.0
 
 
 def test_rejections_are_counted_by_their_kind() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 from tests.trainer.fakes import question
-from verl.trainer.outcome import naive_rag, searcher
+from verl.trainer.loop import Summary
+from verl.trainer.outcome import _write_parts, naive_rag, searcher
 from verl.types import Baseline, Document
 
 HALF = Document("a", "A", "text")
@@ -38,3 +41,14 @@ def test_a_searcher_figures_come_from_its_validation_row() -> None:
         **{"accuracy": 0.75, "recall": 0.9, "searches": 1.25, "n": 8, "seconds": 3.5, "failed": 1},
         **{"accuracy_by_kind": {"2-hop": 0.5}, "documents": 4.5},
     }
+
+
+def test_a_run_without_answers_reports_the_parts_of_its_reward(tmp_path: Path) -> None:
+    rows = [
+        {"step": step, "val/score": score, "val/recall": recall}
+        for step, score, recall in ((0, 0.7, 0.38), (9, 5.9, 1))
+    ]
+    _write_parts(tmp_path, rows, 3, Summary("grpo", 9, 144, 1152, 60.0))
+    assert "| val/recall | 0.38 | 1 |" in (tmp_path / "report.md").read_text()
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["validation"], report["training"]["steps"]) == (rows, 9)

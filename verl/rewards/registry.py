@@ -285,6 +285,7 @@ class Scorer:
         if not evidence.asked:
             return replace(outcome, parts=parts)
         verdict = await evidence.verdict()
+        parts.setdefault("accuracy", float(verdict.correct))
         parts["documents_dropped"] = float(len(evidence.documents) - verdict.documents_used)
         parts |= verdict.judge_parts(self.config.judge)
         return replace(outcome, parts=parts, answer=verdict.answer, correct=verdict.correct)

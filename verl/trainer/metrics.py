@@ -92,17 +92,15 @@ def _groups_with_variance(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def part_means(samples: Sequence[Sample]) -> dict[str, float]:
-    """Return the mean of every part of the rewards, over those that have it, and `accuracy` in any case."""
+    """Return the mean of every part of the rewards, over those that have it.
+
+    There is an `accuracy` where the generator was asked or the reward has one of its own.
+    """
     values: dict[str, list[float]] = defaultdict(list)
     for sample in samples:
-        for name, value in accuracy_and_parts(sample).items():
+        for name, value in sample.outcome.parts.items():
             values[name].append(value)
     return {name: _mean(column) for name, column in values.items()}
-
-
-def accuracy_and_parts(sample: Sample) -> dict[str, float]:
-    """Return the parts of a sample's reward; its accuracy is the generator's where the reward has none of its own."""
-    return {"accuracy": float(sample.outcome.correct), **sample.outcome.parts}
 
 
 def _spread(name: str, values: Sequence[float]) -> dict[str, float]:

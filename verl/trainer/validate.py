@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from verl.agent.protocols import Sampling
-from verl.trainer.metrics import accuracy_and_parts, part_means, trajectory_metrics
+from verl.trainer.metrics import part_means, trajectory_metrics
 from verl.trainer.rollouts import Progress, Rollouts, flat
 from verl.trainer.sentinel import Sentinel
 from verl.trajectories import append_trajectories
@@ -66,10 +66,10 @@ def validation_metrics(samples: Sequence[Sample]) -> dict[str, float]:
         return metrics
     named: dict[str, list[float]] = defaultdict(list)
     for sample in scored:
-        question, parts = sample.trajectory.question, accuracy_and_parts(sample)
+        question, parts = sample.trajectory.question, sample.outcome.parts
         named["score"].append(sample.outcome.score)
         named[f"test_score/{question.source}"].append(_headline(sample))
-        if question.kind:
+        if question.kind and "accuracy" in parts:
             named[f"accuracy/{question.kind}"].append(parts["accuracy"])
     means = part_means(scored)
     means |= {f"recall@{k}": means[f"hit@{k}"] for k in _RECALL_AT if f"hit@{k}" in means}
