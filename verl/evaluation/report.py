@@ -166,6 +166,7 @@ class _Panel:
 _PANELS = (
     _Panel("reward", ("reward/mean",)),
     _Panel("accuracy (validation: greedy)", ("reward/accuracy", "val/accuracy")),
+    _Panel("queries (validation: greedy)", ("reward/recall", "val/recall", "reward/ndcg", "val/ndcg")),
     _Panel("searches per question", ("env/searches", "val/searches")),
     _Panel("entropy of the policy", ("actor/entropy_loss",)),
     _Panel("KL to the reference", ("critic/kl", "actor/kl_loss")),
