@@ -160,6 +160,9 @@ def test_a_literature_service_has_bounds_and_wants_dates(model: Path, caplog: py
     preflight.check(composed(model, "literature.engine=pubmed"), [dated, ASKED[1]])
     assert "1 of 2 questions have no extra.pub_date" in caplog.text
     caplog.clear()
+    message = refused(model, "retriever.ids_only=true")
+    assert "retriever.ids_only=true, but gain may read the documents' texts" in message
+    preflight.check(composed(model, "retriever.ids_only=true", "reward.terms={ndcg: 1.0}"), ASKED)
     preflight.check(composed(model, "literature.engine=ctgov"), ASKED)
     preflight.check(composed(model), ASKED)
     assert "pub_date" not in caplog.text
@@ -198,3 +201,15 @@ def test_greedy_evaluation_is_greedy() -> None:
     assert rollout.evaluation(3).temperature == 0
     assert rollout.evaluation(3).top_p == 1
     assert (rollout.training(3).temperature, rollout.training(3).top_p, rollout.training(3).seed) == (0.6, 0.95, 3)
+
+
+def test_databases_and_golds_are_looked_for(model: Path, tmp_path: Path) -> None:
+    extra = {"db_id": "toy", "sql": "SELECT 1"}
+    asked = [replace(item, source="spider", extra=extra) for item in ASKED]
+    sql = ["reward.terms={execution_accuracy: 1.0}", f"reward.sql.databases={tmp_path}"]
+    preflight.check(composed(model, *sql), asked)
+    assert "no extra.sql" in refused(model, *sql)
+    assert "is no folder; name the folder of the databases" in refused(
+        model, *sql[:1], f"reward.sql.databases={tmp_path / 'gone'}", questions=asked
+    )
+    assert "sql.databases" in refused(model, *sql[:1], questions=asked), "no databases at all"
