@@ -9,11 +9,14 @@ is refused: what would be learned is not what would be said.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from verl.errors import DataError
 
@@ -67,24 +70,37 @@ def _turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], turn:
 
 
 def _tokens_of(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[Span]) -> tuple[list[int], list[bool]]:
+    """Tokenise `text` and mark the tokens of the spans."""
     if not tokenizer.is_fast:
         raise DataError("the tokenizer gives no offsets of its tokens; use a fast one (tokenizer.json)")
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-    learned = [False] * len(ids)
-    special = _special(tokenizer)
-    for begin, end in spans:
-        inside = [i for i, (start, stop) in enumerate(offsets) if start >= begin and stop <= end and stop > start]
-        crossing = [i for i, (start, stop) in enumerate(offsets) if start < begin < stop or start < end < stop]
-        if crossing:
-            token = tokenizer.convert_ids_to_tokens(ids[crossing[0]])
+    bounds = sorted({0, len(text), *(bound for span in spans for bound in span)})
+    if any(start < bound < stop for bound in bounds for start, stop in offsets):
+        # A prompt is tokenised before anything is said, so no token reaches over where the assistant begins or ends.
+        whole = tokenizer.decode(ids)
+        ids, offsets = _piecewise(tokenizer, text, bounds)
+        if tokenizer.decode(ids) != whole:
             raise DataError(
-                f"token {token!r} belongs to an assistant turn and to what is around it; the template needs a special "
-                "token or a line break there, so change the template or pass token rows (input_ids, loss_mask)"
+                "the tokenizer joins what the assistant says to what is around it; pass token rows (input_ids, "
+                "loss_mask)"
             )
+    learned, special = [False] * len(ids), _special(tokenizer)
+    for begin, end in spans:
+        inside = [i for i, (start, stop) in enumerate(offsets) if begin <= start < stop <= end]
         for i in _without_tail(tokenizer, ids, inside, special):
             learned[i] = True
     return ids, learned
+
+
+def _piecewise(tokenizer: PreTrainedTokenizerBase, text: str, bounds: Sequence[int]) -> tuple[list[int], list[Span]]:
+    ids: list[int] = []
+    offsets: list[Span] = []
+    for begin, end in pairwise(bounds):
+        encoded = tokenizer(text[begin:end], add_special_tokens=False, return_offsets_mapping=True)
+        ids += encoded["input_ids"]
+        offsets += [(begin + start, begin + stop) for start, stop in encoded["offset_mapping"]]
+    return ids, offsets
 
 
 def _without_tail(
@@ -99,8 +115,15 @@ def _without_tail(
 
 def _marked(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
     """Follow the template's generation markers, and take in the end of the turn if it stands just behind them."""
-    encoded = _render(tokenizer, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-    ids, learned = list(encoded["input_ids"]), [bool(mark) for mark in encoded["assistant_masks"]]
+    # The tokenizer's own mask of assistant tokens leaves out the rest of a last character that is several tokens.
+    with _refusals(messages):
+        texts, spans = render_jinja_template(
+            conversations=[[dict(message) for message in messages]],
+            chat_template=tokenizer.get_chat_template(),
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
+    ids, learned = _tokens_of(tokenizer, texts[0], spans[0])
     if not any(learned):
         raise DataError("the template's generation markers mark no token; expected one in each assistant turn")
     special = _special(tokenizer)
@@ -110,14 +133,18 @@ def _marked(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> 
     return ids, learned
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> Any:
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> str:
+    with _refusals(messages):
+        return tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False, **options)
+
+
+@contextmanager
+def _refusals(messages: Sequence[Message]) -> Iterator[None]:
     try:
-        return tokenizer.apply_chat_template([dict(message) for message in messages], **{"tokenize": False, **options})
+        yield
     except (TemplateError, TypeError, KeyError) as cause:
         roles = ", ".join(str(message["role"]) for message in messages)
-        raise DataError(
-            f"the chat template refuses the turns {roles}: {cause}; change them, or the template"
-        ) from cause
+        raise DataError(f"the chat template refuses the turns {roles}: {cause}; change them or the template") from cause
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

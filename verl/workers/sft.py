@@ -25,7 +25,6 @@ from verl.workers.model import ModelConfig, load_causal_lm
 from verl.workers.optim import OptimConfig
 from verl.workers.ranks import Device, Ranks, join_ranks
 
-
 _RENAMED = {"weighted_nll": "loss"}  # the learner keeps the name `loss` for itself
 
 
@@ -112,7 +111,8 @@ class SftLearner(Learner[NllModel]):
         def loss(micro: WeightedBatch, normalizer: Tensor) -> LossOutput:
             nll = self._nll(micro)
             share = (micro.token_weights * nll).sum() / normalizer
-            return LossOutput(share, {"weighted_nll": share}, {"nll": (_mean(nll, micro.action_mask), micro.action_mask.sum())})
+            learned = micro.action_mask.sum()
+            return LossOutput(share, {"weighted_nll": share}, {"nll": (nll.sum() / learned.clamp(min=1), learned)})
 
         # The weights are normalised already; what is left is the average over ranks.
         stats = self._update(batch, loss, lambda mask: torch.ones(()))
@@ -181,7 +181,3 @@ class SftWorker:
         self._learner.export_hf(folder, tokenizer_path)
         # No worker goes on to read what another still writes.
         dist.barrier()
-
-
-def _mean(values: Tensor, mask: Tensor) -> Tensor:
-    return values.sum() / mask.sum().clamp(min=1)
