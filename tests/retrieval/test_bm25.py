@@ -7,15 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import bm25s
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 from tests.retrieval.support import PASSAGES, open_corpus
 from verl.errors import ConfigError, DataError, RetrieverError
-from verl.retrieval.bm25 import BM25Engine, candidates, open_engine, write_index
+from verl.retrieval.bm25 import BM25Engine, open_engine, write_index
 from verl.retrieval.bm25_analysis import Analyzer
 from verl.retrieval.bm25_build import BlockSize, build
 from verl.retrieval.corpus import Corpus
@@ -212,15 +210,3 @@ def test_results_are_the_sorted_scores_of_bm25s(
         (result,) = engine.search([query], topk)
         assert [(-score, doc.id) for doc, score in zip(result.documents, result.scores, strict=True)] == hits
     shutil.rmtree(folder)
-
-
-@settings(max_examples=200)
-@given(
-    hnp.arrays(np.float32, st.integers(1, 30), elements=st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0])),
-    st.data(),
-)
-def test_candidates_hold_the_best_positive_scores_with_all_ties(scores: np.ndarray, data: st.DataObject) -> None:
-    topk = data.draw(st.integers(1, len(scores) + 2))
-    positive = [row for row in range(len(scores)) if scores[row] > 0]
-    floor = sorted((scores[row] for row in positive), reverse=True)[:topk][-1] if positive else 0
-    assert candidates(scores, topk).tolist() == [row for row in positive if scores[row] >= floor]

@@ -14,6 +14,7 @@ import numpy as np
 from verl.errors import DataError
 from verl.retrieval import bm25_build
 from verl.retrieval.bm25_analysis import Analyzer
+from verl.retrieval.bm25_search import Postings
 from verl.retrieval.corpus import Corpus
 from verl.retrieval.engine import IndexInfo, check_topk, engine_info
 from verl.retrieval.index_marks import check_marks, marks
@@ -41,10 +42,8 @@ class BM25Engine:
         self._analyzer = analyzer
         self._vocabulary: Mapping[str, int] = index.vocab_dict
         # Plain views of the mapped files: slicing an np.memmap runs Python code, slicing an array does not.
-        self._starts, self._rows, self._scores = (
-            np.asarray(index.scores[name]) for name in ("indptr", "indices", "data")
-        )
-        self._totals = np.zeros(len(corpus), np.float32)
+        starts, rows, scores = (np.asarray(index.scores[name]) for name in ("indptr", "indices", "data"))
+        self._postings = Postings(starts, rows, scores, len(corpus))
 
     def search(self, queries: Sequence[str], topk: int) -> list[SearchResult]:
         """See `verl.retrieval.engine.Engine.search`."""
@@ -55,45 +54,11 @@ class BM25Engine:
         terms = [self._vocabulary[term] for term in self._analyzer(query) if term in self._vocabulary]
         if not terms:
             return SearchResult(query, (), ())
-        rows, scores = self._score(terms)
-        best = candidates(scores, topk)
-        return best_first(self.corpus, query, rows[best], scores[best], topk)
-
-    def _score(self, terms: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the rows that hold any of `terms`, each once, and their scores, all positive.
-
-        Only these rows are looked at, while bm25s ranks the scores of all documents: the work of a query is that of
-        its terms, however large the corpus. The additions are those of bm25s in the same order and type.
-        """
-        totals, found = self._totals, []
-        try:
-            for term in terms:
-                span = slice(self._starts[term], self._starts[term + 1])
-                held = self._rows[span]
-                before = totals.take(held)
-                found.append(held[before == 0])
-                totals[held] = before + self._scores[span]
-            rows = np.concatenate(found)
-            return rows, totals.take(rows)
-        finally:
-            for held in found:
-                totals[held] = 0
+        rows, scores = self._postings.best(terms, topk)
+        return best_first(self.corpus, query, rows, scores, topk)
 
     def close(self) -> None:
         """See `verl.retrieval.engine.Engine.close`."""
-
-
-def candidates(scores: np.ndarray, topk: int) -> np.ndarray:
-    """Return the positions of the positive scores of at least the `topk`-th best one, rising.
-
-    Args:
-        scores: (documents,) float32, none negative.
-
-    Returns:
-        (at least topk, if so many are positive,) int64
-    """
-    floor = np.partition(scores, -topk)[-topk] if topk <= len(scores) else 0.0
-    return np.flatnonzero(scores >= floor) if floor > 0 else np.flatnonzero(scores > 0)
 
 
 def write_index(corpus: Corpus, folder: Path, config: BM25Config, workers: int | None = None) -> IndexInfo:

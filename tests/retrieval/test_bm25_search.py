@@ -1,0 +1,88 @@
+"""The results of adding up every list, whatever is skipped on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from verl.retrieval.bm25_search import Postings, candidates
+
+DOCUMENTS = 3000
+
+
+def index_of(lists: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    starts = np.cumsum([0, *(len(rows) for rows, _ in lists)])
+    return starts, np.concatenate([rows for rows, _ in lists]), np.concatenate([scores for _, scores in lists])
+
+
+def random_lists(seed: int, rounded: bool) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Terms that are in 1 to all of the documents; the rarer, the more they count, as in BM25."""
+    rng, lists = np.random.default_rng(seed), []
+    for count in (1, 4, 12, 30, 80, 300, 900, 2400, DOCUMENTS):
+        rows = np.sort(rng.choice(DOCUMENTS, count, replace=False)).astype(np.int32)
+        weight = np.log(1 + (DOCUMENTS - count + 0.5) / (count + 0.5))
+        shares = rng.integers(1, 3, count) / 2 if rounded else rng.uniform(0.2, 0.9, count)
+        lists.append((rows, (weight * shares).astype(np.float32)))
+    return lists
+
+
+def brute_force(lists: Sequence[tuple[np.ndarray, np.ndarray]], terms: Sequence[int], topk: int) -> dict[int, float]:
+    totals = np.zeros(DOCUMENTS, np.float32)
+    for term in terms:
+        rows, scores = lists[term]
+        totals[rows] += scores
+    ranked = sorted((score for score in totals.tolist() if score > 0), reverse=True)
+    floor = ranked[:topk][-1]
+    return {row: score for row, score in enumerate(totals.tolist()) if score > 0 and score >= floor}
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(0, 20),
+    st.booleans(),
+    st.lists(st.lists(st.integers(0, 8), min_size=1, max_size=10), min_size=1, max_size=4),
+    st.sampled_from([1, 2, 8, 50, 1000, DOCUMENTS]),
+)
+def test_results_are_those_of_adding_up_every_list(seed: int, rounded: bool, asked: list[list[int]], topk: int) -> None:
+    lists = random_lists(seed, rounded)
+    postings = Postings(*index_of(lists), DOCUMENTS)
+    for terms in asked:  # one after the other: a search leaves nothing behind
+        rows, scores = postings.best(terms, topk)
+        assert len(set(rows.tolist())) == len(rows)
+        assert dict(zip(rows.tolist(), scores.tolist(), strict=True)) == brute_force(lists, terms, topk)
+
+
+def test_a_long_list_is_looked_into_and_not_added_up() -> None:
+    rare = (np.array([5, 9], np.int32), np.array([8.0, 7.0], np.float32))
+    common = (np.arange(DOCUMENTS, dtype=np.int32), np.full(DOCUMENTS, 0.5, np.float32))
+    starts, rows, scores = index_of([rare, common])
+    postings = Postings(starts, rows, scores, DOCUMENTS)
+    assert dict(zip(*map(np.ndarray.tolist, postings.best([1, 0], 2)), strict=True)) == {5: 8.5, 9: 7.5}
+    # Once its highest score is known, only the entries of documents 5 and 9 count. A changed one shows who reads it.
+    scores[2 + 100] = 100.0
+    assert set(postings.best([0, 1], 2)[0].tolist()) == {5, 9}
+    assert 100 in postings.best([0, 1], 3)[0].tolist()
+
+
+@pytest.mark.parametrize(("topk", "found"), [(1, [3]), (2, [1, 3]), (3, [1, 2, 3]), (9, [1, 2, 3])])
+def test_ties_at_the_floor_are_kept_and_zero_is_no_hit(topk: int, found: list[int]) -> None:
+    scores = np.array([0.0, 1.0, 0.5, 2.0, 0.0], np.float32)
+    assert candidates(scores, topk).tolist() == found
+    assert candidates(np.append(scores, np.float32(1.0)), 2).tolist() == [1, 3, 5]
+
+
+@settings(max_examples=200)
+@given(
+    hnp.arrays(np.float32, st.integers(1, 30), elements=st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0])),
+    st.data(),
+)
+def test_candidates_hold_the_best_positive_scores_with_all_ties(scores: np.ndarray, data: st.DataObject) -> None:
+    topk = data.draw(st.integers(1, len(scores) + 2))
+    positive = [row for row in range(len(scores)) if scores[row] > 0]
+    floor = sorted((scores[row] for row in positive), reverse=True)[:topk][-1] if positive else 0
+    assert candidates(scores, topk).tolist() == [row for row in positive if scores[row] >= floor]
