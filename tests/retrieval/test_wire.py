@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -63,6 +64,26 @@ def test_what_is_sent_is_what_arrives(results: list[SearchResult]) -> None:
     assert parse_response(body, ["q"] * len(results), 4) == results
 
 
+@given(st.lists(RESULTS, min_size=1, max_size=3))
+def test_ids_alone_arrive_where_they_are_asked_for(results: list[SearchResult]) -> None:
+    rendered, queries = [render(result) for result in results], ["q"] * len(results)
+    ids = [[{"id": document.id} for document in result.documents] for result in results]
+    assert json.loads(response_body(rendered, False, ids_only=True)) == {"result": ids}
+    bare = [replace(r, documents=tuple(Document(d.id, "", "") for d in r.documents)) for r in results]
+    assert parse_response(response_body(rendered, True, ids_only=True), queries, 4, ids_only=True) == bare
+    # A server that does not know the wish sends everything.
+    assert parse_response(response_body(rendered, True), queries, 4, ids_only=True) == bare
+
+
+def test_a_document_of_an_id_alone_is_refused_where_its_text_is_wanted() -> None:
+    body = response_body(
+        [render(SearchResult("q", (Document("7", 'x","contents":', "y"),), (1.0,)))], True, ids_only=True
+    )
+    assert json.loads(body) == {"result": [[{"document": {"id": "7"}, "score": 1.0}]]}
+    with pytest.raises(RetrieverError, match="document '7' has contents=None"):
+        parse_response(body, ["q"], 1)
+
+
 @given(RESULTS, st.integers(0, 6))
 def test_the_head_of_a_rendered_result_is_the_rendered_head(result: SearchResult, topk: int) -> None:
     head = SearchResult("q", result.documents[:topk], result.scores[:topk])
@@ -84,6 +105,8 @@ def test_a_document_that_cannot_be_sent_is_an_error() -> None:
 def test_a_request_is_read_as_it_was_written() -> None:
     asked = RetrieveRequest(("a", "ü日本"), 5, True)
     assert parse(request_body(asked)) == asked
+    assert json.loads(request_body(asked)).keys() == {"queries", "topk", "return_scores"}, "as others' servers know it"
+    assert parse(request_body(replace(asked, ids_only=True))) == replace(asked, ids_only=True)
     assert parse(b'{"queries": ["a"]}') == RetrieveRequest(("a",), 3, False)
 
 
@@ -118,13 +141,18 @@ values = st.recursive(
 )
 requests = st.fixed_dictionaries(
     {"queries": st.lists(st.text(max_size=25) | values, max_size=5)},
-    optional={"topk": st.integers(-1, 12) | values, "return_scores": st.booleans() | values, "x": values},
+    optional={
+        "topk": st.integers(-1, 12) | values,
+        "return_scores": st.booleans() | values,
+        "ids_only": st.booleans() | values,
+        "x": values,
+    },
 )
 
 
 @given(requests)
 def test_a_request_is_valid_if_and_only_if_it_says_so(request: dict[str, Any]) -> None:
-    queries, topk, scores = (request.get(name) for name in ("queries", "topk", "return_scores"))
+    queries, topk, scores, ids = (request.get(name) for name in ("queries", "topk", "return_scores", "ids_only"))
     valid = (
         "x" not in request
         and 1 <= len(queries) <= 4
@@ -132,13 +160,14 @@ def test_a_request_is_valid_if_and_only_if_it_says_so(request: dict[str, Any]) -
         and all(not any("\ud800" <= c <= "\udfff" for c in q) for q in queries)
         and (topk is None or (type(topk) in (int, float) and topk in range(1, 9) and topk * len(queries) <= 24))
         and ("return_scores" not in request or type(scores) is bool)
+        and ("ids_only" not in request or type(ids) is bool)
     )
     try:
         parsed = parse(json.dumps(request).encode())
     except RefusedRequest:
         assert not valid
     else:
-        assert valid and parsed == RetrieveRequest(tuple(queries), topk or 3, bool(scores))
+        assert valid and parsed == RetrieveRequest(tuple(queries), topk or 3, bool(scores), bool(ids))
 
 
 def test_an_error_names_all_queries_at_fault() -> None:

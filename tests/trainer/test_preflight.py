@@ -14,6 +14,7 @@ from tests.trainer.fakes import question
 from tests.workers.tiny import tiny_model, tiny_tokenizer
 from verl.config import compose
 from verl.errors import ConfigError
+from verl.rewards.registry import RewardConfig
 from verl.trainer import preflight
 from verl.trainer.config import RolloutConfig, RunConfig, TrainConfig
 from verl.types import Baseline, Question
@@ -162,7 +163,8 @@ def test_a_literature_service_has_bounds_and_wants_dates(model: Path, caplog: py
     caplog.clear()
     message = refused(model, "retriever.ids_only=true")
     assert "retriever.ids_only=true, but gain may read the documents' texts" in message
-    preflight.check(composed(model, "retriever.ids_only=true", "reward.terms={ndcg: 1.0}"), ASKED)
+    by_ids = replace(composed(model, "retriever.ids_only=true"), reward=RewardConfig({"ndcg": 1.0}))
+    preflight.check(by_ids, ASKED)
     preflight.check(composed(model, "literature.engine=ctgov"), ASKED)
     preflight.check(composed(model), ASKED)
     assert "pub_date" not in caplog.text

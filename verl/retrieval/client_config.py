@@ -29,6 +29,8 @@ class RetrieverClientConfig:
         batch_window_ms: how long a request waits for the queries of other callers.
         max_requests: requests on their way at the same time, to all endpoints together.
         max_query_chars: longer queries are cut at a word boundary, counted and logged; what the service accepts.
+        ids_only: ask for the documents' ids alone, which is all that rewards by ids read and makes thousands of
+            documents cheap; titles and texts are then empty.
         token_env: environment variable with the bearer token of the service; empty for none.
     """
 
@@ -44,6 +46,7 @@ class RetrieverClientConfig:
     batch_window_ms: float = 2.0
     max_requests: int = 8
     max_query_chars: int = 4096
+    ids_only: bool = False
     token_env: str = ""
 
     def __post_init__(self) -> None:

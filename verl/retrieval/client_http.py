@@ -51,6 +51,7 @@ class HttpRetriever:
             ConfigError: the variable with the token is not set.
         """
         self._timeout_s = config.timeout_s
+        self._ids_only = config.ids_only
         token = token_from(config.token_env)
         self._http = httpx.AsyncClient(
             transport=transport,
@@ -70,12 +71,12 @@ class HttpRetriever:
             Failed: the service refuses the request, or cannot answer some of its queries.
             RetrieverError: the answer breaks the contract.
         """
-        body = request_body(RetrieveRequest(tuple(queries), topk, return_scores=True))
+        body = request_body(RetrieveRequest(tuple(queries), topk, True, self._ids_only))
         response = await self._send("POST", url, self._timeout_s, body)
         if response.status_code != 200:
             raise _failure(url, response, len(queries))
         try:
-            return parse_response(response.content, queries, topk)
+            return parse_response(response.content, queries, topk, self._ids_only)
         except RetrieverError as error:
             raise RetrieverError(f"retriever {url}: {error}; check that the URL is a retriever's") from error
 

@@ -36,7 +36,12 @@ _FAULT = _object(
     optional=("query_index", "query_errors"),
 )
 _ERROR = _object({"error": _FAULT})
-_DOCUMENT = _object({"id": _TEXT, "contents": _TEXT, "title": _TEXT, "text": _TEXT})
+_DOCUMENT = {
+    "anyOf": [
+        _object({"id": _TEXT, "contents": _TEXT, "title": _TEXT, "text": _TEXT}),
+        _object({"id": _TEXT}),  # with ids_only
+    ]
+}
 _HIT = {"anyOf": [_DOCUMENT, _object({"document": _DOCUMENT, "score": {"type": "number"}})]}
 _RESULT = _object({"result": {"type": "array", "items": {"type": "array", "items": _HIT}}})
 
@@ -76,8 +81,9 @@ def with_retrieve(schema: Schema, service: SearchService, secured: bool) -> Sche
             "queries": {"type": "array", "minItems": 1, "maxItems": limits.max_queries, "items": query},
             "topk": {"type": ["integer", "null"], "minimum": 1, "maximum": most},
             "return_scores": {"type": "boolean", "default": False},
+            "ids_only": {"type": "boolean", "default": False},
         },
-        optional=("topk", "return_scores"),
+        optional=("topk", "return_scores", "ids_only"),
     )
     statuses = ("400", "408", "413", "422", "500", "502", "503")
     operation: Schema = {

@@ -55,7 +55,7 @@ class Retrieve:
         failed = {at: result for at, result in enumerate(results) if isinstance(result, Exception)}
         if failed:
             raise _failure(failed)
-        return response_body(results, asked.return_scores)  # type: ignore[arg-type]  # no exception among them
+        return response_body(results, asked.return_scores, asked.ids_only)  # type: ignore[arg-type]  # no exception among them
 
     async def _search(self, asked: RetrieveRequest) -> Sequence[Rendered | Exception]:
         return await self._service.search(asked.queries, asked.topk)

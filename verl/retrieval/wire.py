@@ -3,8 +3,9 @@
 The published one, which s3 and Search-R1 clients speak: `POST /retrieve {"queries": [str], "topk"?: int,
 "return_scores"?: bool}` is answered by `{"result": [[{"document": {...}, "score": float}]]}`, or by bare documents
 `{"result": [[{...}]]}` when `return_scores` is false. A document has `id`, `contents` (quoted title, newline, text),
-`title` and `text`. Errors are ours: a status of 4xx or 5xx and `{"error": {"code", "message", "query_index"?}}`; where
-the engine fails for some of the queries, also `"query_errors": [{"query_index", "message"}]` with all of those.
+`title` and `text`; `"ids_only": true`, which is ours, leaves out all but `id`. Errors are ours: a status of 4xx or 5xx
+and `{"error": {"code", "message", "query_index"?}}`; where the engine fails for some of the queries, also
+`"query_errors": [{"query_index", "message"}]` with all of those.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import difflib
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, NoReturn
 
@@ -54,9 +55,11 @@ class RetrieveRequest:
     queries: tuple[str, ...]
     topk: int
     return_scores: bool = False
+    ids_only: bool = False
 
 
 _KEYS = tuple(item.name for item in fields(RetrieveRequest))
+_AFTER_ID = b',"contents":'
 
 
 class RefusedRequest(SearchAgentError):
@@ -160,10 +163,14 @@ def parse_request(body: bytes, limits: RequestLimits, default_topk: int, max_top
             f"topk={topk} for {len(queries)} queries; expected at most {limits.max_topk} for a query and "
             f"{limits.max_documents} documents for a request, so lower topk or send several requests",
         )
-    return_scores = fields_.get("return_scores", False)
-    if not isinstance(return_scores, bool):
-        raise _invalid("return_scores", f"return_scores is {_shown(return_scores)}; expected true or false")
-    return RetrieveRequest(queries, topk, return_scores)
+    return RetrieveRequest(queries, topk, _flag(fields_, "return_scores"), _flag(fields_, "ids_only"))
+
+
+def _flag(received: Mapping[str, Any], name: str) -> bool:
+    value = received.get(name, False)
+    if not isinstance(value, bool):
+        raise _invalid(name, f"{name} is {_shown(value)}; expected true or false")
+    return value
 
 
 def query_fault(query: Any, max_chars: int) -> tuple[str, str] | None:
@@ -183,18 +190,29 @@ def query_fault(query: Any, max_chars: int) -> tuple[str, str] | None:
 
 def request_body(request: RetrieveRequest) -> bytes:
     """Return the body that a client sends."""
-    return orjson.dumps({"queries": request.queries, "topk": request.topk, "return_scores": request.return_scores})
+    asked = {"queries": request.queries, "topk": request.topk, "return_scores": request.return_scores}
+    return orjson.dumps(asked | ({"ids_only": True} if request.ids_only else {}))  # others' servers do not know it
 
 
-def response_body(results: Sequence[Rendered], return_scores: bool) -> bytes:
+def response_body(results: Sequence[Rendered], return_scores: bool, ids_only: bool = False) -> bytes:
     """Return the body that the server answers with."""
+    if ids_only:
+        results = [Rendered(tuple(map(_id_alone, result.documents)), result.scores) for result in results]
     return b'{"result":[%b]}' % b",".join([_hits(result, return_scores) for result in results])
 
 
-def parse_response(body: bytes, queries: Sequence[str], topk: int) -> list[SearchResult]:
+def _id_alone(document: bytes) -> bytes:
+    """Cut a rendered document after its id; within a piece of JSON text the quotes would have backslashes."""
+    return document[: document.index(_AFTER_ID)] + b"}"
+
+
+def parse_response(body: bytes, queries: Sequence[str], topk: int, ids_only: bool = False) -> list[SearchResult]:
     """Read what a server answered to a request with `return_scores` true.
 
     Documents without `title` and `text`, as published servers send them, are split from their `contents`.
+
+    Args:
+        ids_only: documents may be ids alone, and whatever else they have is dropped.
 
     Raises:
         RetrieverError: the answer is not what the contract says; the message is the reason.
@@ -204,7 +222,8 @@ def parse_response(body: bytes, queries: Sequence[str], topk: int) -> list[Searc
     if not isinstance(rows, list) or len(rows) != len(queries):
         found = f"{len(rows)} results" if isinstance(rows, list) else f"result={_shown(rows)}"
         raise RetrieverError(f"the answer has {found}; expected a list of {len(queries)}, one for each query")
-    return [_search_result(query, hits, topk) for query, hits in zip(queries, rows, strict=True)]
+    read = _id_document if ids_only else _document
+    return [_search_result(query, hits, topk, read) for query, hits in zip(queries, rows, strict=True)]
 
 
 def _answer(body: bytes) -> Any:
@@ -295,31 +314,36 @@ def _hits(result: Rendered, return_scores: bool) -> bytes:
     return b"[%b]" % b",".join([b'{"document":%b,"score":%b}' % pair for pair in pairs])
 
 
-def _search_result(query: str, hits: Any, topk: int) -> SearchResult:
+def _search_result(query: str, hits: Any, topk: int, read: Callable[[dict[str, Any]], Document]) -> SearchResult:
     if not isinstance(hits, list) or len(hits) > topk:
         found = f"{len(hits)} hits" if isinstance(hits, list) else _shown(hits)
         raise RetrieverError(f"the answer has {found} for a query; expected a list of at most topk={topk}")
-    pairs = [_hit(hit) for hit in hits]
+    pairs = [_hit(hit, read) for hit in hits]
     return SearchResult(query, tuple(doc for doc, _ in pairs), tuple(score for _, score in pairs))
 
 
-def _hit(hit: Any) -> tuple[Document, float]:
+def _hit(hit: Any, read: Callable[[dict[str, Any]], Document]) -> tuple[Document, float]:
     document = hit.get("document") if isinstance(hit, dict) else None
     if not isinstance(document, dict):
         raise RetrieverError(f"a hit is {_shown(hit)}; expected an object with document and score")
     score = hit.get("score")
     if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) <= sys.float_info.max:
         raise RetrieverError(f"a hit has score={_shown(score)}; expected a finite number")
-    return _document(document), float(score)
+    return read(document), float(score)
+
+
+def _id_document(received: dict[str, Any]) -> Document:
+    id = received.get("id")
+    if isinstance(id, bool) or not isinstance(id, str | int):
+        raise RetrieverError(f"a document has id={_shown(id)}; expected a string")
+    return Document(str(id), "", "")
 
 
 def _document(received: dict[str, Any]) -> Document:
-    id, title, text = received.get("id"), received.get("title"), received.get("text")
-    if isinstance(id, bool) or not isinstance(id, str | int):
-        raise RetrieverError(f"a document has id={_shown(id)}; expected a string")
+    id, title, text = _id_document(received).id, received.get("title"), received.get("text")
     if isinstance(title, str) and isinstance(text, str):
-        return Document(str(id), title, text)
+        return Document(id, title, text)
     contents = received.get("contents")
     if not isinstance(contents, str):
         raise RetrieverError(f"document {_shown(id)} has contents={_shown(contents)}; expected a string")
-    return Document.from_contents(str(id), contents)
+    return Document.from_contents(id, contents)

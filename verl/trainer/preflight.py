@@ -21,6 +21,9 @@ from verl.workers.engines import why_not_updatable
 
 logger = logging.getLogger(__name__)
 
+_BY_IDS = ("retrieval_recall", "ndcg")
+"""Rewards that read nothing of a document but its id."""
+
 
 def check(config: TrainConfig, questions: Sequence[Question]) -> None:
     """Refuse a configuration that could not run.
@@ -171,6 +174,12 @@ def _literature(config: TrainConfig) -> Iterator[str]:
         yield (
             f"search.topk={config.search.topk} exceeds the {searched.max_topk} records that {searched.engine} gives "
             "for a query; lower it"
+        )
+    by_text = [name for name in config.reward.terms if name not in _BY_IDS]
+    if searched is None and config.retriever.ids_only and by_text:
+        yield (
+            f"retriever.ids_only=true, but {', '.join(by_text)} may read the documents' texts, which are then empty; "
+            f"set it to false, or reward by {' and '.join(_BY_IDS)} alone"
         )
 
 
