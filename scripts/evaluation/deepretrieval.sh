@@ -16,7 +16,7 @@ family=beir metric=ndcg collect=() evaluate=()
 case $task in
   pubmed | ctgov) family=literature metric=recall collect=("literature.engine=$task") evaluate=("literature.engine=$task" "setting=$task") ;;
   nq | triviaqa | squad) family=evidence metric=hits ;;
-  spider | bird) family=sql metric=execution evaluate=("execution.dataset=$task" "sql.databases=data/$task") ;;
+  spider | bird) family=sql metric=execution evaluate=("execution.dataset=$task" "sql.databases=data/raw/$task") ;;
   *dense*) family=dense ;;
 esac
 case $method in

@@ -280,6 +280,8 @@ def test_it_says_what_is_searched(name: str) -> None:
     engine = {"pubmed": "pubmed", "pmd": "pubmed", "ctgov": "ctgov"}.get(name.partition("_")[0])
     assert (config.literature and config.literature.engine) == engine
     assert (config.reward.sql is not None) == (task == "sql")
+    paid = {"spider": "spider", "bird": "bird", "sql_all": "source"}.get(name)
+    assert paid is None or config.reward.params["execution_accuracy"]["dataset"] == paid
     port = {"query": 4000, "dense": 3000}.get(task)
     assert port is None or config.retriever.url == f"http://127.0.0.1:{port}/retrieve"
 
