@@ -33,7 +33,7 @@ COMMANDS: dict[str, Command] = {
     "query-quickstart": Command("verl.trainer.query_quickstart", "DeepRetrieval on the embedded world, offline"),
     "sft": Command("verl.trainer.main_sft", "fine-tune a model on weighted examples"),
     "self-train": Command("verl.trainer.main_self_train", "let a searcher teach itself by generalised EM (ExSearch)"),
-    "self-train-stage": Command("verl.trainer.exsearch.__main__", "run one stage of it: inference, entropy, format, ..."),
+    "self-train-stage": Command("verl.trainer.exsearch.__main__", "run one stage of it, for example inference"),
     "verify-resume": Command(
         "verl.trainer.verify_resume", "prove that a killed and resumed training equals an unbroken one"
     ),

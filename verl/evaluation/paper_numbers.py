@@ -3,8 +3,8 @@
 `general`: mean accuracy (GenAcc) over NQ, TriviaQA, PopQA, HotpotQA, 2WikiMultiHopQA and MuSiQue; `medical`: over the
 five MIRAGE sets; both of the s3 repository's README and figure (bars read by eye, 0.3 points), with Claude-3-Haiku as
 generator and judge. `exsearch`: mean EM over NQ, HotpotQA, MuSiQue and 2WikiMultiHopQA, of the ExSearch repository's
-table, for policies that answer themselves. `pubmed` and `ctgov`: recall@3000 of the DeepRetrieval README;
-`_no_reason` is without thinking.
+table, for policies that answer themselves: `exsearch` and `search_r1` are Qwen2.5-7B, `search_o1` is QwQ-32B,
+`zero_shot` GPT-4o. `pubmed` and `ctgov`: recall@3000 of the DeepRetrieval README; `_no_reason` is without thinking.
 """
 
 from __future__ import annotations
@@ -32,7 +32,17 @@ PAPER: dict[str, dict[str, float]] = {
         "search_r1": 71.8,
         "s3_8_3_3": 76.6,
     },
-    "exsearch": {"exsearch": 43.02, "search_r1": 39.89},
+    "exsearch": {
+        "exsearch": 43.02,
+        "exsearch_qwen2.5_3b": 32.50,
+        "exsearch_llama3.1_8b": 39.94,
+        "exsearch_llama3.2_3b": 28.63,
+        "exsearch_mistral_7b": 41.58,
+        "exsearch_mistral_24b": 44.75,
+        "search_r1": 39.89,
+        "search_o1": 33.79,
+        "zero_shot": 32.90,
+    },
     "pubmed": {
         "raw_query": 10.36,
         "gpt_3_5": 11.67,
