@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from verl.retrieval.corpus import Corpus
 from verl.retrieval.engine import open_index
@@ -23,11 +24,13 @@ Search = Callable[[Sequence[str]], object]
 def library(retriever: str, folder: Path, topk: int) -> Search:
     """Return the bare library call over the files of an index."""
     if retriever == "bm25":
-        return _bm25s(folder, topk)
+        search = bm25s_search(folder)
+        return lambda queries: search(queries, topk)
     return _faiss(retriever, folder, topk)
 
 
-def _bm25s(folder: Path, topk: int) -> Search:
+def bm25s_search(folder: Path) -> Callable[[Sequence[str], int], Any]:
+    """Return bm25s's own search: rows and scores, (queries, topk) each."""
     import bm25s
 
     from verl.retrieval.bm25_analysis import Analyzer
@@ -36,7 +39,7 @@ def _bm25s(folder: Path, topk: int) -> Search:
     index = bm25s.BM25.load(str(folder / "bm25"), mmap=True)
     analyzer = Analyzer(BM25Config())
 
-    def search(queries: Sequence[str]) -> object:
+    def search(queries: Sequence[str], topk: int) -> Any:
         return index.retrieve([analyzer(query) for query in queries], k=topk, show_progress=False, n_threads=0)
 
     return search

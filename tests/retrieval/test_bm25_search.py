@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from verl.retrieval.bm25_search import Postings, candidates
 
-DOCUMENTS = 3000
+DOCUMENTS = 9000
 
 
 def index_of(lists: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -23,7 +23,7 @@ def index_of(lists: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray
 def random_lists(seed: int, rounded: bool) -> list[tuple[np.ndarray, np.ndarray]]:
     """Terms that are in 1 to all of the documents; the rarer, the more they count, as in BM25."""
     rng, lists = np.random.default_rng(seed), []
-    for count in (1, 4, 12, 30, 80, 300, 900, 2400, DOCUMENTS):
+    for count in (1, 4, 12, 30, 80, 400, 1500, 5000, DOCUMENTS):
         rows = np.sort(rng.choice(DOCUMENTS, count, replace=False)).astype(np.int32)
         weight = np.log(1 + (DOCUMENTS - count + 0.5) / (count + 0.5))
         shares = rng.integers(1, 3, count) / 2 if rounded else rng.uniform(0.2, 0.9, count)
@@ -37,7 +37,7 @@ def brute_force(lists: Sequence[tuple[np.ndarray, np.ndarray]], terms: Sequence[
         rows, scores = lists[term]
         totals[rows] += scores
     ranked = sorted((score for score in totals.tolist() if score > 0), reverse=True)
-    floor = ranked[:topk][-1]
+    floor = ranked[:topk][-1] if ranked else 0.0
     return {row: score for row, score in enumerate(totals.tolist()) if score > 0 and score >= floor}
 
 
@@ -50,7 +50,18 @@ def brute_force(lists: Sequence[tuple[np.ndarray, np.ndarray]], terms: Sequence[
 )
 def test_results_are_those_of_adding_up_every_list(seed: int, rounded: bool, asked: list[list[int]], topk: int) -> None:
     lists = random_lists(seed, rounded)
-    postings = Postings(*index_of(lists), DOCUMENTS)
+    for number in (DOCUMENTS, 500):
+        lists = [cut_off(entries, number) for entries in lists]
+        check(lists, number, asked, min(topk, number))
+
+
+def cut_off(entries: tuple[np.ndarray, np.ndarray], documents: int) -> tuple[np.ndarray, np.ndarray]:
+    kept = entries[0] < documents
+    return entries[0][kept], entries[1][kept]
+
+
+def check(lists: Sequence[tuple[np.ndarray, np.ndarray]], documents: int, asked: list[list[int]], topk: int) -> None:
+    postings = Postings(*index_of(lists), documents)
     for terms in asked:  # one after the other: a search leaves nothing behind
         rows, scores = postings.best(terms, topk)
         assert len(set(rows.tolist())) == len(rows)

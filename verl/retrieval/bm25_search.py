@@ -5,7 +5,7 @@ shortest on, and as soon as the `topk`-th best sum so far exceeds all that the l
 the ones met can be a result any more: the rest is looked up for those documents alone, and fewer of them at each list
 (MaxScore: Turtle and Flood 1995, "Query evaluation: strategies and optimizations"). Which documents that leaves is
 decided with room for rounding; their scores are then added up anew in the order of the query, so they are to the last
-bit those of adding up every list.
+bit those of adding up every list. In a small corpus every list is short, and all are added up.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 
 _ROUNDING = 2.0**-22
 """Relative error of a sum of float32 by each of its terms, with room to spare."""
+_FEW_DOCUMENTS = 8192
 _LOOKUP_COST = 8
 """Looking a document up in a list takes as long as adding up so many entries of it."""
 
@@ -40,6 +41,8 @@ class _List:
 
     def of(self, rows: np.ndarray) -> np.ndarray:
         """Return the scores of some documents, 0 where the list has none; (n,) float32."""
+        if not len(self.rows):
+            return np.zeros(len(rows), np.float32)
         at = np.minimum(np.searchsorted(self.rows, rows), len(self.rows) - 1)
         return np.where(self.rows.take(at) == rows, self.scores.take(at), np.float32(0))
 
@@ -68,6 +71,8 @@ class Postings:
         Returns:
             Rows, each once, and scores, (n,) float32 and positive: in one order, which is none in particular.
         """
+        if len(self._totals) <= _FEW_DOCUMENTS:
+            return self._best_of_few(terms, topk)
         by_term = {term: self._list(term, times) for term, times in Counter(terms).items()}
         lists = sorted(by_term.values(), key=lambda entries: len(entries.rows))
         rows = self._likely(lists, topk, 1 - _ROUNDING * (len(terms) + 1))
@@ -76,6 +81,15 @@ class Postings:
             scores += by_term[term].of(rows)
         kept = candidates(scores, topk)
         return rows[kept], scores[kept]
+
+    def _best_of_few(self, terms: Sequence[int], topk: int) -> tuple[np.ndarray, np.ndarray]:
+        """Add up every list and look at every document: the fewest calls, where those are what takes time."""
+        totals = np.zeros(len(self._totals), np.float32)
+        for term in terms:
+            span = slice(self._starts[term], self._starts[term + 1])
+            totals[self._rows[span]] += self._scores[span]
+        rows = candidates(totals, topk)
+        return rows, totals[rows]
 
     def _list(self, term: int, times: int) -> _List:
         span = slice(self._starts[term], self._starts[term + 1])

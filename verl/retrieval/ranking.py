@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from verl.retrieval.corpus import Corpus
@@ -19,13 +21,13 @@ def best_first(corpus: Corpus, query: str, rows: np.ndarray, scores: np.ndarray,
         scores: (candidates,) float32
     """
     order = np.argsort(-scores, kind="stable")
-    rows, scores = rows[order], scores[order]
-    if len(rows) > topk:
-        kept = int(np.searchsorted(-scores, -scores[topk - 1], side="right"))
-        rows, scores = rows[:kept], scores[:kept]
-    if len(rows) > 1 and np.any(scores[1:] == scores[:-1]):
-        ids = corpus.ids(rows)
-        order = np.array(sorted(range(len(rows)), key=lambda at: (-scores[at], ids[at])))
-        rows, scores = rows[order], scores[order]
-    documents = tuple(corpus.rows(rows[:topk]))
-    return SearchResult(query, documents, tuple(float(score) for score in scores[:topk]))
+    found = list(zip(scores[order].tolist(), rows[order].tolist(), strict=True))  # few: lists are faster than arrays
+    kept = topk
+    while kept < len(found) and found[kept][0] == found[topk - 1][0]:
+        kept += 1
+    del found[kept:]
+    if any(score == next_score for (score, _), (next_score, _) in pairwise(found)):
+        ids = corpus.ids([row for _, row in found])
+        found = [pair for _, pair in sorted(zip(ids, found, strict=True), key=lambda item: (-item[1][0], item[0]))]
+    documents = tuple(corpus.rows([row for _, row in found[:topk]]))
+    return SearchResult(query, documents, tuple(score for score, _ in found[:topk]))
