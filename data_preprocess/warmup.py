@@ -2,12 +2,13 @@
 
     python -m data_preprocess.warmup source.path=hotpot_train_v1.1.json output=data/warmup.jsonl limit=1000
 
-The sub-queries of a question come from what its set ships (`decomposition=dataset`; `data_preprocess.evidence.decompose`
-says how) or from an OpenAI-compatible annotator (`decomposition=annotator`). Each is sent to the retriever, and each
-fact must stand in a passage that is shown for it. Written are rows `{"messages", "query_id"}` in the published layout,
-with `search.select` also the choices of documents (`"kind": "rank"`). Beside `output` lie
-`*.rejected.jsonl`, every question without a trajectory and why, and `*.summary.json`: rows = written + rejected, always.
-A run that was killed, or that met a dead service, goes on where it stopped.
+The sub-queries of a question come from what its set ships (`decomposition=dataset`; how, says
+`data_preprocess.evidence.decompose`) or from an OpenAI-compatible annotator (`decomposition=annotator`). Each is sent
+to the retriever, and each fact must stand in a passage that is shown for it. Written are rows
+`{"messages", "query_id"}` in the published layout, with `search.select` also the choices of documents
+(`"kind": "rank"`). Beside `output` lie `*.rejected.jsonl`, every question without a trajectory and why, and
+`*.summary.json`: rows are written or rejected, always. A run that was killed, or that met a dead service, goes on where
+it stopped.
 """
 
 from __future__ import annotations

@@ -17,14 +17,14 @@ from verl.types import Question
 MALFORMED = "the annotator's reply could not be read"
 
 PROMPT = Template("""\
-You are given a question, its answer and numbered facts from Wikipedia that lead to the answer. Write down how a person \
-who knows none of this finds the answer with a search engine: one search after the other, each with the facts that it \
-turns up.
+You are given a question, its answer and numbered facts from Wikipedia that lead to the answer. Write down how a \
+person who knows none of this finds the answer with a search engine: one search after the other, each with the facts \
+that it turns up.
 
 Rules:
 - A search is a short, self-contained question or phrase. It may use what the question says and what the facts of \
 earlier searches say, but nothing that is only found later.
-- Give at most one fact or few facts a search, in the order in which they are needed. Leave out facts that are not needed.
+- Give one fact or few facts a search, in the order in which they are needed. Leave out facts that are not needed.
 - Write exactly these lines and nothing else, counting from 1:
 <Search 1> the first search
 <Reference 1> [numbers of the facts that it turns up]

@@ -1,4 +1,7 @@
-"""The retriever service as an ASGI app: `POST /retrieve`, `GET /health`, `/ready`, `/info` and `/metrics`."""
+"""The retriever service as an ASGI app.
+
+`POST /retrieve`, `GET /api/search`, `/health`, `/ready`, `/info` and `/metrics`.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from verl.retrieval.auth import is_authorised, token_from
 from verl.retrieval.bodies import BodyReader, replay
+from verl.retrieval.colbert_api import PATH as COLBERT_PATH
+from verl.retrieval.colbert_api import add_colbert_route
 from verl.retrieval.engine import Engine
 from verl.retrieval.metrics import CONTENT_TYPE, ServiceMetrics
 from verl.retrieval.openapi import ERROR, HEALTH, INFO, READY, with_retrieve
@@ -34,7 +39,9 @@ logger = logging.getLogger(__name__)
 
 _OPEN_PATHS = ("/health", "/ready")
 """Answered without the token, because what probes them often cannot send one."""
-_KNOWN_PATHS = frozenset(("/retrieve", "/rerank", "/health", "/ready", "/info", "/metrics", "/openapi.json", "/docs"))
+_KNOWN_PATHS = frozenset(
+    ("/retrieve", "/rerank", COLBERT_PATH, "/health", "/ready", "/info", "/metrics", "/openapi.json", "/docs")
+)
 
 
 class RetrieverApp(FastAPI):
@@ -60,6 +67,7 @@ class RetrieverApp(FastAPI):
         for kind, handler in ((RefusedRequest, _on_refused), (HTTPException, _on_http_error), (Exception, _on_failure)):
             self.add_exception_handler(kind, handler)
         _add_routes(self, service)
+        add_colbert_route(self, service)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 HYBRID = "hybrid"
 WEB = ("serper", "serpapi", "google_cse")
-NAMES = (*RETRIEVERS, HYBRID, *WEB)
+COLBERT_API = "colbert_api"
+REMOTE = (*WEB, COLBERT_API)
+NAMES = (*RETRIEVERS, HYBRID, *REMOTE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +31,9 @@ class EngineOptions:
     """Which engine is opened.
 
     Attributes:
-        retriever_name: an index's retriever, `hybrid`, or a web service.
-        index_path: the index; several for `hybrid`, none for the web.
-        corpus_path: what was indexed; None for the web.
+        retriever_name: an index's retriever, `hybrid`, a web service, or `colbert_api` for a server of ColBERT's shape.
+        index_path: the index; several for `hybrid`, none for the web and other servers.
+        corpus_path: what was indexed; None for the web and other servers.
         corpus_cache: folder of the converted corpus, beside the corpus when None.
         on_error: what to do about a malformed line of the corpus.
         threads: CPU threads of a search, what the process may use when None.
@@ -52,7 +54,7 @@ class EngineOptions:
         web_cache_mode: see `verl.retrieval.replay.ReplayMode`.
         web_rate: requests in a second, of all workers together.
         web_pages: most pages of ten results that one query asks for.
-        web_base_url: another host that speaks the service's format.
+        web_base_url: another host that speaks the service's format; of `colbert_api`, the address of its search.
     """
 
     retriever_name: str
@@ -86,9 +88,10 @@ class EngineOptions:
             raise ConfigError(f"retriever_name={name!r} is unknown; expected one of {', '.join(NAMES)}")
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"threads={self.threads}; expected at least 1, or none given to use what the process may")
-        if name in WEB and (count or self.corpus_path):
-            raise ConfigError(f"retriever_name={name} searches the web; leave --index_path and --corpus_path out")
-        if name not in (*WEB, "lucene") and self.corpus_path is None:
+        if name in REMOTE and (count or self.corpus_path):
+            where = "the web" if name in WEB else "another server"
+            raise ConfigError(f"retriever_name={name} searches {where}; leave --index_path and --corpus_path out")
+        if name not in (*REMOTE, "lucene") and self.corpus_path is None:
             raise ConfigError(f"retriever_name={name} needs --corpus_path, the corpus that was indexed")
         if name == HYBRID and count < 2:
             raise ConfigError(f"retriever_name=hybrid came with {count} --index_path; expected at least two")
@@ -121,8 +124,8 @@ def open_engine(options: EngineOptions) -> Opened:
         ConfigError: an option does not fit the index, or a model, a key or a device is missing.
         DataError: the corpus or an index is missing or damaged, or they do not belong together.
     """
-    web = options.retriever_name in WEB
-    opened = Opened(_web(options) if web else _local(options), not web or options.web_cache_mode == "replay")
+    remote = options.retriever_name in REMOTE
+    opened = Opened(_remote(options) if remote else _local(options), not remote or options.web_cache_mode == "replay")
     if options.rerank_model is None:
         return opened
     with ExitStack() as stack:
@@ -187,6 +190,17 @@ def _lucene(options: EngineOptions, path: Path, corpus: Corpus | None) -> Engine
         )
     search = LuceneSearch(query_syntax=options.query_syntax, on_syntax_error=options.on_syntax_error)
     return lucene.open_engine(folder, corpus, info, search, options.threads)
+
+
+def _remote(options: EngineOptions) -> Engine:
+    return _colbert_api(options) if options.retriever_name == COLBERT_API else _web(options)
+
+
+def _colbert_api(options: EngineOptions) -> Engine:
+    from verl.retrieval import colbert_client
+
+    config = colbert_client.ColbertApiConfig(options.web_base_url, options.web_cache, options.web_cache_mode)
+    return colbert_client.open_engine(config)
 
 
 def _web(options: EngineOptions) -> Engine:

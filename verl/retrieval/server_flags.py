@@ -129,7 +129,7 @@ def _add_stages(add: Add) -> None:
     add("--query_syntax", choices=get_args(QuerySyntax), help="lucene (default: the index's)")
     add("--on_syntax_error", choices=get_args(OnSyntaxError), help="lucene: what a malformed Boolean query gets")
     add("--rerank_model", help="cross-encoder; with it POST /rerank is served too")
-    add("--web_base_url", help="web: another host that speaks the service's format")
+    add("--web_base_url", help="web: another host that speaks the service's format; colbert_api: the search")
     add("--web_cache", type=Path, help="web: file of kept answers")
     add(
         "--web_cache_mode",

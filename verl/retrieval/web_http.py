@@ -117,7 +117,7 @@ class Fetcher:
         Raises:
             ConfigError: `base_url` is no address to which keys may be sent.
         """
-        check_base_url(base_url)
+        check_base_url(base_url, keyless=not secrets.variables)
         self.requests = 0
         self.retries = 0
         self._base_url = base_url.rstrip("/")
@@ -286,8 +286,11 @@ class _KeyedTransport(httpx.AsyncBaseTransport):
         await self._inner.aclose()
 
 
-def check_base_url(url: str) -> None:
+def check_base_url(url: str, keyless: bool = False) -> None:
     """Refuse a base URL to which no key should be sent.
+
+    Args:
+        keyless: no key is; plain http may then leave this machine.
 
     Raises:
         ConfigError: it is not https (or http on this machine), or has more than host, port and path.
@@ -299,7 +302,7 @@ def check_base_url(url: str) -> None:
         raise ConfigError(f"web base_url={url!r}: {error}; expected https://HOST") from error
     if not host or parts.username or parts.password or parts.query or parts.fragment:
         raise ConfigError("web base_url is no plain address; expected https://HOST with no user, query or fragment")
-    if parts.scheme != "https" and not (parts.scheme == "http" and host in _LOOPBACK):
+    if parts.scheme != "https" and not (parts.scheme == "http" and (keyless or host in _LOOPBACK)):
         raise ConfigError(
             f"web base_url={url!r}; expected https (http only on this machine), because keys travel there"
         )
