@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import sqlite3
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from verl.config import build
+from verl.agent.grammar.deepretrieval import DeepRetrievalConfig
+from verl.config import CONFIG_DIR, build, compose
 from verl.errors import ConfigError, DataError, RetrieverError
 from verl.evaluation import deepretrieval
 from verl.evaluation.collect import CollectConfig, collect
@@ -20,11 +23,13 @@ from verl.evaluation.collectors import Gathered, raw_query
 from verl.evaluation.deepretrieval import QueriesConfig, failures
 from verl.evaluation.journal import Unfinished
 from verl.evaluation.leaderboard import LeaderboardConfig, write_leaderboard
+from verl.evaluation.query_scores import DEPTH
 from verl.records import write_questions
 from verl.retrieval.engines.demo_records import Record
 from verl.retrieval.engines.demo_server import DemoServer
 from verl.types import Document, Question, SearchResult, Stop, Trajectory, Turn
 
+ROOT = CONFIG_DIR.parent
 LITERATURE = [
     Record("11", "NCT00000011", "Aspirin for pain", "", "2001/01/01"),
     Record("12", "NCT00000012", "Ibuprofen for pain", "", "2001/01/01"),
@@ -215,3 +220,70 @@ def test_execution_accuracy_of_statements(tmp_path: Path) -> None:
 def test_what_cannot_be_evaluated_is_refused(wrong: dict[str, Any], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         build(QueriesConfig, {"output": "r", "metric": "recall", "contexts": {"m": "x"}} | wrong)
+
+
+METRIC_OF = {"literature": "recall", "evidence": "hits", "beir": "ndcg", "dense": "ndcg", "sql": "execution"}
+
+
+@pytest.mark.parametrize("family", METRIC_OF)
+def test_a_setting_asks_for_as_many_documents_as_its_metric_looks_at(family: str) -> None:
+    config = compose("collect", [f"setting=deepretrieval_{family}", "questions=q", "output=o"], CollectConfig)
+    assert isinstance(config.search, DeepRetrievalConfig)
+    depth = DEPTH[METRIC_OF[family]]  # type: ignore[index]
+    assert config.search.topk >= depth and (family == "sql" or config.topk == config.search.topk == depth)
+    assert (config.literature is not None) == (family == "literature")
+    assert (config.sampling.temperature, config.search.reasoning, config.search.prefill) == (0.0, True, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "collected", "evaluated"),
+    [
+        (
+            ["ctgov", "raw_query", "limit=3", "--", "filter=tokens"],
+            ["setting=deepretrieval_literature", "literature.engine=ctgov", "method=raw_query", "limit=3"],
+            ["metric=recall", "literature.engine=ctgov", "setting=ctgov", "filter=tokens"],
+        ),
+        (
+            ["pubmed", "gpt_4o_no_reason", "remote.base_url=http://x/v1"],
+            ["method=searcher", "search.reasoning=false", "search.prefill=false", "remote.base_url=http://x/v1"],
+            ["setting=pubmed", "contexts.gpt_4o_no_reason=outputs/x/contexts/gpt_4o_no_reason"],
+        ),
+        (
+            ["nq", "deepretrieval"],
+            ["setting=deepretrieval_evidence", "questions=data/deepretrieval/nq/test.parquet", "engine.model=MODEL"],
+            ["metric=hits"],
+        ),
+        (
+            ["dense/scifact", "deepretrieval"],
+            ["setting=deepretrieval_dense", "questions=data/deepretrieval/scifact/test.parquet"],
+            ["metric=ndcg"],
+        ),
+        (
+            ["msmarco_dense", "deepretrieval"],
+            ["setting=deepretrieval_dense", "questions=data/deepretrieval/msmarco/test.parquet"],
+            ["metric=ndcg"],
+        ),
+        (
+            ["bird", "deepretrieval"],
+            ["setting=deepretrieval_sql", "questions=data/deepretrieval/bird/test.parquet"],
+            ["metric=execution", "execution.dataset=bird", "sql.databases=data/raw/bird"],
+        ),
+    ],
+)
+def test_the_script_says_what_each_task_is(
+    arguments: list[str], collected: list[str], evaluated: list[str], tmp_path: Path
+) -> None:
+    root = tmp_path / "checkout"
+    (root / "scripts" / "evaluation").mkdir(parents=True)
+    for name in ("scripts/env.sh", "scripts/evaluation/deepretrieval.sh"):
+        shutil.copy(ROOT / name, root / name)
+    python = tmp_path / "python"
+    python.write_text(f'#!/usr/bin/env bash\nprintf "%s\\t" "$@" >>{tmp_path}/log\necho >>{tmp_path}/log\n')
+    python.chmod(0o755)
+    variables = {"PATH": "/usr/bin:/bin", "PYTHON": str(python), "MODEL": "MODEL", "FOLDER": "outputs/x"}
+    script = ["bash", str(root / "scripts/evaluation/deepretrieval.sh"), *arguments]
+    subprocess.run(script, env=variables, check=True, timeout=60)
+    first, second = [line.split("\t")[:-1] for line in (tmp_path / "log").read_text().splitlines()]
+    assert first[:2] == ["-m", "verl.evaluation.collect"] and set(collected) <= set(first)
+    assert second[:2] == ["-m", "verl.evaluation.deepretrieval"] and set(evaluated) <= set(second)
+    assert ("engine.model=MODEL" in first) == ("raw_query" not in arguments)
