@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from verl.errors import ConfigError
 from verl.retrieval.corpus import Corpus, OnError
@@ -17,11 +17,12 @@ from verl.retrieval.search_config import SearchConfig
 from verl.retrieval.settings import RETRIEVERS, LuceneSearch, OnSyntaxError, QuerySyntax
 
 if TYPE_CHECKING:
-    from verl.retrieval.rerank import CrossEncoderReranker
+    from verl.retrieval.rerank import Reranker
 
 HYBRID = "hybrid"
 WEB = ("serper", "serpapi", "google_cse")
 COLBERT_API = "colbert_api"
+RerankKind = Literal["cross_encoder", "late_interaction"]
 REMOTE = (*WEB, COLBERT_API)
 NAMES = (*RETRIEVERS, HYBRID, *REMOTE)
 
@@ -49,6 +50,7 @@ class EngineOptions:
         rrf_k: see `verl.retrieval.fusion`.
         fusion_depth: documents of each index that are fused.
         rerank_model: cross-encoder that orders the best documents anew, None for no such stage.
+        rerank_kind: what that model is; `late_interaction` is ColBERT's (`verl.retrieval.late_interaction`).
         rerank_depth: how many it orders.
         web_cache: file of kept answers.
         web_cache_mode: see `verl.retrieval.replay.ReplayMode`.
@@ -75,6 +77,7 @@ class EngineOptions:
     rrf_k: int = 60
     fusion_depth: int = 100
     rerank_model: str | None = None
+    rerank_kind: RerankKind = "cross_encoder"
     rerank_depth: int = 50
     web_cache: Path | None = None
     web_cache_mode: ReplayMode = "off"
@@ -97,7 +100,7 @@ class EngineOptions:
             raise ConfigError(f"retriever_name=hybrid came with {count} --index_path; expected at least two")
         if name in RETRIEVERS and count != 1:
             raise ConfigError(f"retriever_name={name} came with {count} --index_path; expected one")
-        for option, known in (("on_error", OnError), ("web_cache_mode", ReplayMode)):
+        for option, known in (("on_error", OnError), ("web_cache_mode", ReplayMode), ("rerank_kind", RerankKind)):
             if getattr(self, option) not in get_args(known):
                 choices = ", ".join(get_args(known))
                 raise ConfigError(f"{option}={getattr(self, option)!r}; expected one of {choices}")
@@ -114,7 +117,7 @@ class Opened:
 
     engine: Engine
     cacheable: bool = True
-    reranker: CrossEncoderReranker | None = None
+    reranker: Reranker | None = None
 
 
 def open_engine(options: EngineOptions) -> Opened:
@@ -221,5 +224,10 @@ def _web(options: EngineOptions) -> Engine:
 def _reranking(opened: Opened, options: EngineOptions, model: str) -> Opened:
     from verl.retrieval.rerank import CrossEncoderReranker, RerankEngine
 
-    reranker = CrossEncoderReranker(model, options.device)
+    if options.rerank_kind == "late_interaction":
+        from verl.retrieval.late_interaction import LateInteractionReranker
+
+        reranker: Reranker = LateInteractionReranker(model, options.device)
+    else:
+        reranker = CrossEncoderReranker(model, options.device)
     return Opened(RerankEngine(opened.engine, reranker, depth=options.rerank_depth), opened.cacheable, reranker)

@@ -129,7 +129,7 @@ class CrossEncoderReranker:
         """Return the model's inputs by name: one list of ids per pair, without padding."""
         encoded = self._network.tokenizer(
             [query for query, _ in pairs],
-            [_passage(document) for _, document in pairs],
+            [passage(document) for _, document in pairs],
             truncation="longest_first",
             max_length=self._max_length,
         )
@@ -239,7 +239,8 @@ def ordered(
     return SearchResult(query, tuple(documents[at] for at in order), tuple(float(scores[at]) for at in order))
 
 
-def _passage(document: Document) -> str:
+def passage(document: Document) -> str:
+    """Return a document as a model reads it: its title, if it has one, a line break and its text."""
     return f"{document.title}\n{document.text}" if document.title else document.text
 
 

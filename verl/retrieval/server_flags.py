@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from verl.retrieval.corpus import OnError
 from verl.retrieval.encoder_spec import Precision
-from verl.retrieval.opening import NAMES, EngineOptions
+from verl.retrieval.opening import NAMES, EngineOptions, RerankKind
 from verl.retrieval.replay import ReplayMode
 from verl.retrieval.server_config import CacheConfig, ServerConfig
 from verl.retrieval.settings import OnSyntaxError, QuerySyntax
@@ -128,7 +128,8 @@ def _add_dense(add: Add) -> None:
 def _add_stages(add: Add) -> None:
     add("--query_syntax", choices=get_args(QuerySyntax), help="lucene (default: the index's)")
     add("--on_syntax_error", choices=get_args(OnSyntaxError), help="lucene: what a malformed Boolean query gets")
-    add("--rerank_model", help="cross-encoder; with it POST /rerank is served too")
+    add("--rerank_model", help="model that orders the best documents anew; with it POST /rerank is served too")
+    add("--rerank_kind", choices=get_args(RerankKind), default=_default(EngineOptions, "rerank_kind"), help="its kind")
     add("--web_base_url", help="web: another host that speaks the service's format; colbert_api: the search")
     add("--web_cache", type=Path, help="web: file of kept answers")
     add(
