@@ -12,10 +12,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,37 +81,53 @@ async def play_in_lock_step(engine: RolloutEngine, setting: Setting) -> float:
     return time.perf_counter() - began
 
 
-async def measure(engine: RolloutEngine, setting: Setting, name: str) -> str:
-    """Time the three ways, each after a run that warms the caches; return one line of the table."""
-    await play(engine, setting)
-    calls, looped = await play(engine, setting)
+async def measure(engine: RolloutEngine, setting: Setting, name: str, repeats: int) -> str:
+    """Time the three ways in turns, after a run of each that warms the caches; return one line of the table.
+
+    Ratios are taken within each turn, in which the machine is equally busy for all, and their medians are shown.
+    """
+    calls, _ = await play(engine, setting)
     await feed(engine, calls, setting.concurrency)
-    plain = await feed(engine, calls, setting.concurrency)
-    locked = await play_in_lock_step(engine, setting)
-    tokens = sum(call.tokens for call in calls)
+    await play_in_lock_step(engine, setting)
+    rows = []
+    for _ in range(repeats):
+        calls, looped = await play(engine, setting)
+        plain = await feed(engine, calls, setting.concurrency)
+        locked = await play_in_lock_step(engine, setting)
+        tokens = sum(call.tokens for call in calls)
+        rows.append((tokens / plain, tokens / looped, plain / looped, tokens / locked, plain / locked))
+    plain, looped, ratio, locked, held = (statistics.median(column) for column in zip(*rows, strict=True))
+    ratios = [row[2] for row in rows]
     return (
-        f"  {name:<15}{len(calls):>12}{tokens:>9}{tokens / plain:>15.0f}{tokens / looped:>9.0f}{plain / looped:>8.2f}"
-        f"{tokens / locked:>12.0f}{plain / locked:>8.2f}\n"
+        f"  {name:<15}{len(calls):>12}{tokens:>9}{plain:>15.0f}{looped:>9.0f}{ratio:>8.2f}"
+        f"{f'{min(ratios):.2f}-{max(ratios):.2f}':>12}{locked:>12.0f}{held:>8.2f}\n"
     )
 
 
-async def bench(config: EngineConfig, questions: int) -> str:
-    """Start the engine, measure every protocol, stop it."""
-    protocols: dict[str, SearchConfig] = gate.AGENT
+async def bench(config: EngineConfig, questions: int, repeats: int, only: Sequence[str]) -> AsyncIterator[str]:
+    """Start the engine, measure every protocol, stop it; yield the table line by line."""
+    protocols: dict[str, SearchConfig] = {name: search for name, search in gate.AGENT.items() if name in only}
     with tempfile.TemporaryDirectory() as folder:
         setting = world_setting(Path(folder), config, questions)
         engine = create_engine(config)
-        lines = [
-            f"{questions} questions, {setting.concurrency} at a time, tokens/s and ratios to plain prompts\n",
-            f"  {'protocol':<15}{'generations':>12}{'tokens':>9}{'plain prompts':>15}{'loop':>9}{'ratio':>8}"
-            f"{'lock-step':>12}{'ratio':>8}\n",
-        ]
         try:
+            yield (
+                f"{questions} questions, {setting.concurrency} at a time, tokens/s and ratios to plain prompts "
+                f"(medians of {repeats})\n"
+                f"  {'protocol':<15}{'generations':>12}{'tokens':>9}{'plain prompts':>15}{'loop':>9}{'ratio':>8}"
+                f"{'from-to':>12}{'lock-step':>12}{'ratio':>8}\n"
+            )
             for name, search in protocols.items():
-                lines.append(await measure(engine, replace(setting, grammar=build_grammar(search)), name))
+                yield await measure(engine, replace(setting, grammar=build_grammar(search)), name, repeats)
         finally:
             await engine.close()
-    return "".join(lines)
+
+
+async def print_lines(lines: AsyncIterator[str]) -> None:
+    """Write every line as soon as it is there."""
+    async for line in lines:
+        sys.stdout.write(line)
+        sys.stdout.flush()
 
 
 def main() -> None:
@@ -120,10 +137,12 @@ def main() -> None:
     parser.add_argument("--engine", choices=["vllm", "hf"], default="vllm")
     parser.add_argument("--questions", type=int, default=400)
     parser.add_argument("--concurrency", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=list(gate.AGENT), default=list(gate.AGENT))
     args = parser.parse_args()
     logging.getLogger("verl").setLevel(logging.ERROR)
     config = EngineConfig(args.model, args.engine, "float32", max_model_len=1024, max_num_seqs=args.concurrency)
-    sys.stdout.write(asyncio.run(bench(config, args.questions)))
+    asyncio.run(print_lines(bench(config, args.questions, args.repeats, args.only)))
 
 
 if __name__ == "__main__":

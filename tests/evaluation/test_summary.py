@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -78,3 +79,22 @@ def test_passage_metrics_by_hand() -> None:
     nothing = passage_metrics(asked, ())
     assert nothing is not None and nothing.recall == nothing.precision == nothing.ndcg == 0.0
     assert passage_metrics(question("q", gold_titles=()), documents("Rome")) is None
+
+
+def test_passage_metrics_of_10000_contexts_agree_with_their_definitions() -> None:
+    """Titles come twice, in other spellings and not at all; trec_eval's gain is 1 and its discount log2(rank + 1)."""
+    draw = random.Random(0)
+    titles = [f"Title {letter}" for letter in "ABCDEFGHIJ"]
+    for number in range(10_000):
+        gold = draw.sample(titles, draw.randint(1, 4))
+        shown = [draw.choice(titles) for _ in range(draw.randint(0, 12))]
+        spelt = [draw.choice([title, f"The {title.upper()}", f"{title}!"]) for title in shown]
+        found = passage_metrics(question(str(number), gold_titles=tuple(gold)), documents(*spelt))
+        ranked = list(dict.fromkeys(shown))
+        ranks = [rank for rank, title in enumerate(ranked, start=1) if title in gold]
+        ideal = sum(1 / math.log2(rank + 1) for rank in range(1, len(gold) + 1))
+        assert found is not None
+        assert found.recall == len(ranks) / len(gold)
+        assert found.precision == (len(ranks) / len(ranked) if ranked else 0.0)
+        assert found.reciprocal_rank == pytest.approx(1 / ranks[0] if ranks else 0.0)
+        assert found.ndcg == pytest.approx(sum(1 / math.log2(rank + 1) for rank in ranks) / ideal)
