@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
     def run(config: StageConfig) -> None:
-        with Player(config.engine, config.retriever) as player:
+        with Player(config.engine, config.retriever, config.keep_engine) as player:
             found = STAGES[name](config, Stage(config, player, config.epoch, config.policy))
         sys.stdout.write(json.dumps(found, indent=1) + "\n")
 

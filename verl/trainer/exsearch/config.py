@@ -160,10 +160,12 @@ class WorldRun:
 
     Attributes:
         warmup: training questions of which gold trajectories are made for the warm-up.
+        sentences: an answer is the sentence that states it; the bare name is accepted too.
     """
 
     world: WorldConfig = field(default_factory=WorldConfig)
     warmup: int = 100
+    sentences: bool = True
 
     def __post_init__(self) -> None:
         if self.warmup < 0:
@@ -178,6 +180,8 @@ class SelfTrainConfig:
         output: folder of everything that is written.
         policy: folder or hub name of the model to begin with.
         engine: how the policy is served; its model is the one of the moment.
+        keep_engine: one engine serves all models and takes their weights, which saves its start; otherwise it is
+            closed while something else computes, whose memory it would take.
         train, dev, test: parquets of questions; without a `test` set the dev questions are reported alone.
         warmup: file of trajectories for the warm-up, as `data_preprocess.warmup` writes it or as released; null begins
             with `policy` as it is.
@@ -190,6 +194,7 @@ class SelfTrainConfig:
     policy: str
     engine: EngineConfig
     seed: int = 0
+    keep_engine: bool = False
     train: Path | None = None
     dev: Path | None = None
     test: Path | None = None

@@ -64,7 +64,10 @@ def self_train(config: SelfTrainConfig) -> dict[str, Any]:
         SamplingFailed, Unfinished: a service failed; the same command goes on.
     """
     started, stages = time.perf_counter(), Stages(config.output)
-    with prepared(config, stages) as task, Player(task.config.engine, task.config.retriever) as player:
+    with (
+        prepared(config, stages) as task,
+        Player(task.config.engine, task.config.retriever, task.config.keep_engine) as player,
+    ):
         run = _Run(task, stages, player)
         iterations = run.go()
         extra = {

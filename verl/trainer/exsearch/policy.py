@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from verl.agent.protocols import Search
-from verl.errors import ConfigError
+from verl.errors import CheckpointError, ConfigError
 from verl.evaluation.identity import model_identity, retriever_identity
 from verl.retrieval.client import RetrieverClient, RetrieverClientConfig
 from verl.workers.engines import EngineConfig, RolloutEngine, create_engine
@@ -23,10 +26,15 @@ class Player:
     """An engine and a retriever client on one event loop, opened when they are first needed; a context manager.
 
     The engine stays while the model does, so that the evaluation of a policy and the sampling from it start it once.
+
+    Args:
+        keep: keep the engine over all models and give it new weights, instead of starting another one; its memory is
+            never freed for the training.
     """
 
-    def __init__(self, engine: EngineConfig, retriever: RetrieverClientConfig) -> None:
+    def __init__(self, engine: EngineConfig, retriever: RetrieverClientConfig, keep: bool = False) -> None:
         self._config = engine
+        self._keep = keep
         self._retriever_config = retriever
         self._runner = asyncio.Runner()
         self._engine: RolloutEngine | None = None
@@ -45,8 +53,13 @@ class Player:
             EngineError: it does not start.
         """
         identity = model_identity(model)
-        if self._engine is None or identity != self._model:
-            await self._close_engine()
+        if self._engine is not None and identity != self._model:
+            if self._keep and Path(model).is_dir():
+                await self._engine.update_weights(weights_of(Path(model)), self._engine.weight_version + 1)
+                self._model = identity
+            else:
+                await self._close_engine()
+        if self._engine is None:
             self._engine, self._model = create_engine(replace(self._config, model=model)), identity
         return self._engine
 
@@ -68,8 +81,9 @@ class Player:
         return self._retriever
 
     def release(self) -> None:
-        """Free the engine's memory; it starts again when it is needed."""
-        self.run(self._close_engine())
+        """Free the engine's memory, unless it is to be kept; it starts again when it is needed."""
+        if not self._keep:
+            self.run(self._close_engine())
 
     async def _close_engine(self) -> None:
         engine, self._engine, self._model = self._engine, None, ""
@@ -92,6 +106,19 @@ class Player:
             self.run(self._close())
         finally:
             self._runner.close()
+
+
+def weights_of(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights of a model's folder.
+
+    Raises:
+        CheckpointError: it holds no safetensors.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder} holds no .safetensors, from which an engine could take weights")
+    for path in files:
+        yield from load_file(path).items()
 
 
 def tokenizer_of(model: str) -> PreTrainedTokenizerBase:

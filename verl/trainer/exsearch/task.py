@@ -16,14 +16,17 @@ from data_preprocess.readers.source import SourceConfig
 from data_preprocess.warmup import WarmupConfig
 from data_preprocess.world import build as world
 from data_preprocess.world.build import WorldFiles
+from data_preprocess.world.language import sentence
 from verl.errors import ConfigError, DataError
 from verl.evaluation.journal import write_whole
+from verl.records import read_questions, write_questions
 from verl.retrieval.build import build_index
 from verl.retrieval.corpus import Corpus
 from verl.services import free_port, retriever_service, running
 from verl.trainer.exsearch.config import SelfTrainConfig, WorldRun
 from verl.trainer.stages import Done, Stages
 from verl.typed import encode
+from verl.types import Question
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +92,21 @@ def _identity(path: Path | None) -> list[Any] | None:
 
 def _build(run: WorldRun, files: WorldFiles) -> dict[str, int]:
     world.build(run.world, files.folder)
+    if run.sentences:
+        for split in ("train", "validation", "test"):
+            questions = [in_a_sentence(question) for question in read_questions(files.questions(split))]
+            write_questions(files.questions(split), questions, split)
     return {"documents": len(Corpus.open(files.corpus))}
+
+
+def in_a_sentence(question: Question) -> Question:
+    """Return a question of the world that also accepts, and prefers, the sentence in which its answer stands.
+
+    The tiny models state and restate facts, but nothing in their pretraining copies a bare name over a turn's boundary.
+    """
+    relation = question.text.removeprefix("Who is the ").partition(" of ")[0]
+    stated = sentence(relation, question.gold_titles[-1], question.answers[0])
+    return replace(question, answers=(stated, *question.answers))
 
 
 def _index(files: WorldFiles, index: Path) -> None:
