@@ -1,16 +1,24 @@
-"""The installation script, run on a copy with a fake interpreter that records what it is asked to install."""
+"""The installation script, run on a copy with a fake interpreter that records what it is asked to install; and that the
+published commands are here."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import yaml
+
+from verl.agent.grammar.base import Message
+from verl.agent.grammar.registry import build_grammar
+from verl.agent.grammar.s3 import S3Config
+from verl.config import compose
+from verl.evaluation.collect import CollectConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ["scripts/install.sh", "setup.py", "pyproject.toml", *(path.name for path in ROOT.glob("requirements*.txt"))]
@@ -177,3 +185,77 @@ def test_the_inference_script_runs_on_the_embedded_world_by_one_override() -> No
     assert config["questions"] == "outputs/quickstart/questions/test.parquet"
     assert config["engine"]["model"] == "data_preprocess/world/checkpoints/searcher"
     assert (config["search"]["topk"], config["search"]["max_turns"], config["sampling"]["seed"]) == (5, 4, 7)
+
+
+PUBLISHED = (
+    "scripts/download.py",
+    "scripts/deploy_retriever/retrieval_launch.sh",
+    "scripts/deploy_retriever/retrieval_launch_bm25.sh",
+    "scripts/deploy_retriever/retrieval_launch_mirage.sh",
+    "scripts/deploy_retriever/retrieval_launch_medcorp.sh",
+    "scripts/deploy_retriever/retrieval_launch_medcorp_bm25.sh",
+    "generator_llms/host.sh",
+    "scripts/precompute.sh",
+    "scripts/train/train_s3.sh",
+    "scripts/s3_inference/evaluate-8-3-3.sh",
+    "scripts/s3_inference/evaluate-3-3-3.sh",
+    "scripts/s3_inference/evaluate-3-3-4.sh",
+    "scripts/s3_inference/evaluate-5-3-3.sh",
+    "scripts/s3_inference/evaluate-5-3-4.sh",
+    "scripts/baselines/rag.sh",
+    "generator_llms/deepretrieval.sh",
+    "scripts/baselines/deepretrieval.sh",
+    "scripts/baselines/search_r1.sh",
+    "scripts/baselines/ircot.py",
+    "scripts/baselines/search_o1.sh",
+    "scripts/evaluation/run.sh",
+)
+"""The commands that users of s3 and its baselines know."""
+
+
+@pytest.mark.parametrize("command", PUBLISHED)
+def test_a_published_command_is_here_or_the_table_of_names_says_where_it_went(command: str) -> None:
+    table = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `")]
+    if not (ROOT / command).is_file():
+        (row,) = [line for line in table if command in line.split("|")[1]]
+        moved = re.findall(r"scripts/[\w/-]+\.(?:sh|py)", row.split("|")[2])
+        assert moved and all((ROOT / path).is_file() for path in moved), row
+
+
+@pytest.mark.parametrize("name", ["8-3-3", "3-3-3", "3-3-4", "5-3-3", "5-3-4"])
+def test_an_inference_script_is_what_its_name_says(name: str, tmp_path: Path) -> None:
+    config = composed(tmp_path, f"s3_inference/evaluate-{name}.sh", "3948", MODEL="outputs/model")
+    assert isinstance(config.search, S3Config) and config.engine is not None
+    assert f"{config.search.topk}-{config.search.max_selected}-{config.search.max_turns}" == name
+    assert (config.sampling.seed, config.sampling.temperature) == (3948, 0.0)
+    assert (config.engine.model, config.method) == ("outputs/model", "searcher")
+
+
+@pytest.mark.parametrize(
+    ("name", "topk", "searches", "temperature"),
+    [("search_r1", 3, 4, 1.0), ("ircot", 3, 4, 0.7), ("search_o1", 3, 4, 0.7), ("deepretrieval", 12, 1, 0.7)],
+)
+def test_a_baselines_script_has_the_published_numbers(
+    name: str, topk: int, searches: int, temperature: float, tmp_path: Path
+) -> None:
+    config = composed(tmp_path, f"baselines/{name}.sh", MODEL="org/model")
+    limits = build_grammar(config.search, no_model).limits
+    assert (config.search.protocol, limits.topk, config.sampling.temperature) == (name, topk, temperature)
+    assert limits.searches == searches
+
+
+async def no_model(messages: Sequence[Message]) -> str:
+    raise AssertionError("nothing is asked here")
+
+
+def composed(tmp_path: Path, script: str, *arguments: str, **variables: str) -> CollectConfig:
+    """Return the configuration that a script would run, read from what it hands to Python."""
+    python = tmp_path / "python"
+    python.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    command = ["bash", str(ROOT / "scripts" / script), *arguments]
+    environment = {**os.environ, "PYTHON": str(python), **variables}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    flag, module, *overrides = done.stdout.splitlines()
+    assert (flag, module) == ("-m", "verl.evaluation.collect")
+    return compose("collect", overrides, CollectConfig)
