@@ -12,6 +12,7 @@ from tests.integration.generator_server import MODEL
 from tests.integration.training_world import CHECKPOINTS, ROOT, SEARCHER, TrainingWorld, environment
 from verl.evaluation.collect import Context, iter_contexts
 from verl.records import read_questions
+from verl.services import HOST, Service, free_port
 
 pytestmark = pytest.mark.integration
 
@@ -65,6 +66,17 @@ def collected(prepared: TrainingWorld, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
+def generator(world: TrainingWorld) -> list[str]:
+    """What every scoring script is told of the generator."""
+    return [
+        f"generator.base_url={world.generator.url}/v1",
+        f"generator.model={MODEL}",
+        f"generator.tokenizer={CHECKPOINTS / 'generator'}",
+        "generator.max_tokens=48",
+        "generator.max_prompt_tokens=900",
+    ]
+
+
 def test_agents_search_in_their_protocols(prepared: TrainingWorld, collected: Path) -> None:
     found = {name: contexts(prepared, collected / name) for name in AGENTS}
     for name, gathered in found.items():
@@ -85,15 +97,8 @@ def test_naive_rag_s3_and_the_methods_without_documents(prepared: TrainingWorld,
 
 
 def test_one_report_compares_them_all(prepared: TrainingWorld, collected: Path, tmp_path: Path) -> None:
-    generator = [
-        f"generator.base_url={prepared.generator.url}/v1",
-        f"generator.model={MODEL}",
-        f"generator.tokenizer={CHECKPOINTS / 'generator'}",
-        "generator.max_tokens=48",
-        "generator.max_prompt_tokens=900",
-    ]
     out = {"CONTEXTS": str(collected), "OUTPUT": str(tmp_path)}
-    printed = script(prepared, "evaluation/run.sh", "against=rag", *generator, **out)
+    printed = script(prepared, "evaluation/run.sh", "against=rag", *generator(prepared), **out)
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report["methods"]) == {*AGENTS, "s3", "rag", "zero_shot", "cot"}
     assert all(name in printed for name in report["methods"])
@@ -104,7 +109,29 @@ def test_one_report_compares_them_all(prepared: TrainingWorld, collected: Path, 
         prepared,
         "evaluation/run_ablation.sh",
         f"contexts.s3={collected / 's3'}",
-        *generator,
+        *generator(prepared),
         **out | {"OUTPUT": str(tmp_path / "a")},
     )
     assert all(f"s3_{name}" in ablation for name in ("no_selection", "no_round_0", "neither"))
+
+
+def test_the_bm25_launcher_serves_and_precompute_fills_the_cache(prepared: TrainingWorld, tmp_path: Path) -> None:
+    files = prepared.files
+    port = free_port()
+    launcher = Service(
+        "launcher",
+        ["bash", str(ROOT / "scripts" / "deploy_retriever" / "retrieval_launch_bm25.sh")],
+        f"http://{HOST}:{port}/health",
+        tmp_path / "launcher.log",
+        env=environment() | {"INDEX_PATH": str(files.index), "CORPUS_PATH": str(files.world.corpus), "PORT": str(port)},
+    )
+    asked = [f"questions={files.world.questions('train')}", f"output={tmp_path / 'train.parquet'}", "split=train"]
+    asked += [f"limit={LIMIT}", "filter.drop_rag_correct=false", *generator(prepared)]
+    with launcher:
+        script(prepared, "precompute.sh", *asked, f"retriever.url={launcher.url}/retrieve")
+    written = read_questions(tmp_path / "train.parquet")
+    assert len(written) == LIMIT and all(len(question.initial_documents) == 3 for question in written)
+    assert all(question.baseline is not None for question in written)
+    cache = json.loads((tmp_path / "rag_cache.json").read_text())
+    assert set(cache["world"]) == {question.text for question in written}
+    assert {key for entry in cache["world"].values() for key in entry} == {"answer", "score", "em_score"}
