@@ -107,7 +107,7 @@ class Stage:
         maker = Maker(tokenizer_of(self.model), config.search, config.scoring, config.weights)
         belongs_to = asdict(mine) | {"weights": encode(config.weights)}
         found = format_stage(files, maker, belongs_to)
-        write_whole(files.folder / "format.json", json.dumps(found | belongs_to, indent=1) + "\n")
+        write_whole(files.folder / "format.json", json.dumps({**found, "config": belongs_to}, indent=1) + "\n")
         return {**found, "seconds": _since(began)}
 
     def align(self, start: str) -> dict[str, Any]:
@@ -119,7 +119,7 @@ class Stage:
         files = self.files()
         written = read_json(files.folder / "format.json")
         mine = replace(self.provenance(), tokenizer=tokenizer_identity(tokenizer_of(start)))
-        mine.check(written, files.rows)
+        mine.check(written.get("config", {}), files.rows)
         self.player.release()
         settings = {"data.train": rows_path(files), "trainer.seed": self.config.seed + self.epoch}
         summary = run_sft(sft_config(self.config.align, start, files.align, settings))
