@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -322,3 +324,18 @@ def test_a_group_set_to_nothing_is_refused_with_its_choices(tmp_path: Path) -> N
     (tmp_path / "pets" / "cat.yaml").write_text("{}")
     with pytest.raises(ConfigError, match="pets=null; expected one of cat, or leave pets out"):
         compose("main", ["pets=null"], Home, tmp_path)
+
+
+def test_a_terminated_entry_point_leaves_nothing_behind(configs: Path) -> None:
+    before, stopped = signal.getsignal(signal.SIGTERM), []
+
+    def terminated(config: Root) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            stopped.append(config.seed)
+
+    with pytest.raises(SystemExit, match="143"):
+        run_entry("train", Root, ["seed=9"], terminated, configs)
+    assert stopped == [9]
+    assert signal.getsignal(signal.SIGTERM) is before

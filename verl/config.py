@@ -8,8 +8,11 @@ line. Entry points declare their own schema out of the components' config datacl
 from __future__ import annotations
 
 import logging
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -101,7 +104,8 @@ def run_entry(
         if dry_run:
             sys.stdout.write(to_yaml(config))
             return 0
-        fn(config)
+        with _ended_in_order():
+            fn(config)
     except ConfigError as error:
         sys.stderr.write(f"error: {_one_line(error)}\n")
         return 2
@@ -109,6 +113,19 @@ def run_entry(
         sys.stderr.write("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]) + "\n")
         return 1
     return 0
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Have SIGTERM unwind the stack, so that engines and services end with us instead of being left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def help_text(config_name: str, schema: type, config_dir: Path = CONFIG_DIR) -> str:
