@@ -38,7 +38,8 @@ def fuzz(port: int, examples: int) -> None:
     """Call every operation of the service's own schema with data that fits it and with data that does not."""
     schema = schemathesis.openapi.from_url(f"http://127.0.0.1:{port}/openapi.json")
     operations = [result.ok() for result in schema.get_all_operations()]
-    assert {operation.path for operation in operations} == {"/retrieve", "/health", "/ready", "/info", "/metrics"}
+    paths = {"/retrieve", "/api/search", "/health", "/ready", "/info", "/metrics"}
+    assert {operation.path for operation in operations} == paths
     for operation in operations:
         modes = list(GenerationMode) if operation.method == "post" else [GenerationMode.POSITIVE]
         for mode in modes:

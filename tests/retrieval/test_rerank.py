@@ -75,7 +75,7 @@ def test_every_query_is_compared_with_its_own_documents_alone(reranker: CrossEnc
         assert result.scores == tuple(scores[document] for document in result.documents)
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 100, 1000, 100_000])
+@pytest.mark.parametrize("batch_tokens", [1, 100, 1000, 2000, 4096, 100_000])
 def test_no_score_depends_on_the_batch_not_even_in_the_last_bit(model: Path, batch_tokens: int) -> None:
     reranker = CrossEncoderReranker(str(model), device="cpu", batch_tokens=batch_tokens)
     pairs: list[Pair] = [(random.Random(at).choice(WORDS), each) for at, each in enumerate(some_documents(70))]

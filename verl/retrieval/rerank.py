@@ -24,7 +24,7 @@ RERANK_DEPTH = 50
 
 _PAD_TO = 16
 _ROWS = 4
-_CPU_TOKENS = 4096
+_CPU_TOKENS = 1024
 _GPU_TOKENS = 65536
 
 Pair = tuple[str, Document]
@@ -74,7 +74,7 @@ class CrossEncoderReranker:
         Args:
             model: local folder or Hugging Face name of a cross-encoder with one score.
             device: a torch device; the first GPU if there is one, else the CPU, when None.
-            batch_tokens: tokens, padding included, in one forward pass; 4,096 on a CPU, where more is slower, and
+            batch_tokens: tokens, padding included, in one forward pass; at most 1,024 on a CPU, where more is no faster, and
                 65,536 on a GPU, when None.
             max_length: tokens of a pair that are read, at most what the model has positions for.
 
@@ -88,7 +88,11 @@ class CrossEncoderReranker:
             raise ConfigError(f"reranker max_length={max_length}; expected at least {_PAD_TO}")
         self.model = model
         self._network = _load(model, device)
-        self._batch_tokens = batch_tokens or (_GPU_TOKENS if self._network.device.type == "cuda" else _CPU_TOKENS)
+        on_gpu = self._network.device.type == "cuda"
+        self._batch_tokens = batch_tokens or (_GPU_TOKENS if on_gpu else _CPU_TOKENS)
+        if not on_gpu:
+            # Matrix products of more rows are summed in another order on some CPUs (seen with AVX2).
+            self._batch_tokens = min(self._batch_tokens, _CPU_TOKENS)
         self._max_length = _max_length(self._network, max_length)
         self._fingerprint = _fingerprint(self._network, self._max_length)
         # The tokenizer keeps its truncation as a state, and a batch of one caller is enough for the machine.
