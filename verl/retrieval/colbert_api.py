@@ -19,7 +19,7 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import QueryParams
 
 from verl.errors import RetrieverError
-from verl.retrieval.openapi import ERROR
+from verl.retrieval.openapi import ERROR, NOT_BLANK
 from verl.retrieval.service import SearchService
 from verl.retrieval.wire import RefusedRequest, RequestLimits
 
@@ -33,7 +33,10 @@ MOST_K = 100
 def add_colbert_route(app: FastAPI, service: SearchService) -> None:
     """Answer `GET /api/search` with the service's engine."""
 
-    @app.get(PATH, responses={400: ERROR, 422: ERROR, 502: ERROR, 503: ERROR})
+    described = {"parameters": _parameters(service.config.limits)}
+    statuses = {400: ERROR, 422: ERROR, 502: ERROR, 503: ERROR}
+
+    @app.get(PATH, responses=statuses, openapi_extra=described)
     async def search(request: Request) -> Response:
         """Return the best documents for `query`, `k` of them."""
         query, k = read_request(request.query_params, service.config.limits)
@@ -46,6 +49,16 @@ def add_colbert_route(app: FastAPI, service: SearchService) -> None:
             raise RefusedRequest(500, "internal", f"the search failed: {type(result).__name__}: {result}", 0)
         documents, scores = (list(map(orjson.loads, parts)) for parts in result)
         return JSONResponse({"query": query, "topk": entries(documents, scores)})
+
+
+def _parameters(limits: RequestLimits) -> list[dict[str, Any]]:
+    """Return the schema of what `read_request` takes."""
+    query = {"type": "string", "minLength": 1, "maxLength": limits.max_query_chars, "pattern": NOT_BLANK}
+    k = {"type": "integer", "minimum": 1, "maximum": 999_999_999, "default": DEFAULT_K}
+    return [
+        {"name": "query", "in": "query", "required": True, "schema": query},
+        {"name": "k", "in": "query", "required": False, "schema": k},
+    ]
 
 
 def read_request(parameters: QueryParams, limits: RequestLimits) -> tuple[str, int]:

@@ -9,7 +9,7 @@ from verl.retrieval.wire import RefusedRequest
 
 Schema = dict[str, Any]
 
-_NOT_BLANK = r"[^\t-\r\u001c-\u0020\u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+NOT_BLANK = r"[^\t-\r\u001c-\u0020\u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 """A character that is no space, as Python sees it; dialects of regular expressions differ in what they call a space."""
 
 _TEXT: Schema = {"type": "string"}
@@ -75,7 +75,7 @@ def with_retrieve(schema: Schema, service: SearchService, secured: bool) -> Sche
         most = min(service.info.max_topk, limits.max_topk)
     except RefusedRequest:  # no engine yet
         most = limits.max_topk
-    query = {"type": "string", "minLength": 1, "maxLength": limits.max_query_chars, "pattern": _NOT_BLANK}
+    query = {"type": "string", "minLength": 1, "maxLength": limits.max_query_chars, "pattern": NOT_BLANK}
     body = _object(
         {
             "queries": {"type": "array", "minItems": 1, "maxItems": limits.max_queries, "items": query},
