@@ -74,8 +74,8 @@ class CrossEncoderReranker:
         Args:
             model: local folder or Hugging Face name of a cross-encoder with one score.
             device: a torch device; the first GPU if there is one, else the CPU, when None.
-            batch_tokens: tokens, padding included, in one forward pass; at most 1,024 on a CPU, where more is no faster, and
-                65,536 on a GPU, when None.
+            batch_tokens: tokens, padding included, in one forward pass; at most 1,024 on a CPU, where more is no
+                faster; 65,536 on a GPU when None.
             max_length: tokens of a pair that are read, at most what the model has positions for.
 
         Raises:
