@@ -199,6 +199,25 @@ async def test_equal_trajectories_merge_into_one_row_of_their_weight(tmp_path: P
     assert kinds[True] == pytest.approx([kinds[False][0] + kinds[False][1], kinds[False][2]])
 
 
+async def test_trajectories_that_do_not_explain_the_answer_can_go_without_weight(tmp_path: Path) -> None:
+    await weighed(tmp_path, WeightsConfig())
+    likely = sorted(math.exp(row["sum_logprob"]) for row in read_json(files(tmp_path).entropy)[:2])
+    between, above = sum(likely) / 2, (likely[1] + 1) / 2
+
+    def formatted(least: float):
+        maker = Maker(TOKENIZER, SEARCH_CONFIG, SCORING, WeightsConfig(min_probability=least))
+        return format_stage(files(tmp_path), maker, BELONGS)
+
+    found = formatted(between)
+    assert (found["improbable"], found["rows"], found["reasons"]) == (1, 1, {"scored": 2, "failed": 1})
+    (row,) = [json.loads(line) for line in files(tmp_path).rows.read_text().splitlines()]
+    assert row["weight"] == 1.0
+    with pytest.raises(DataError, match=r"has a weight .*2 below weights.min_probability"):
+        formatted(above)
+    with pytest.raises(ValueError, match=r"min_probability=1; expected from 0 to below 1"):
+        WeightsConfig(min_probability=1)
+
+
 async def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     await weighed(tmp_path, WeightsConfig())
     path = files(tmp_path).entropy
@@ -223,5 +242,5 @@ async def test_without_any_weight_the_stage_says_why(tmp_path: Path) -> None:
     scorer = AnswerScorer(tiny_model(tmp_path / "model"), SCORING, "cpu")
     entropy_stage(files(tmp_path), scorer, TOKENIZER, SCORING, BELONGS)
     maker = Maker(TOKENIZER, SEARCH_CONFIG, SCORING, WeightsConfig(kind="rejection"))
-    with pytest.raises(DataError, match=r"no trajectory .* has a weight .*'scored': 3.*weights=rejection"):
+    with pytest.raises(DataError, match=r"no trajectory .* has a weight .*'scored': 3.*weights.kind=rejection"):
         format_stage(files(tmp_path), maker, BELONGS)

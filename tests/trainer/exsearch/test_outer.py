@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.trainer.exsearch.fakes import MODEL, tiny_model
+from tests.trainer.exsearch.fakes import MODEL, question, tiny_model
 from verl.config import CONFIG_DIR, compose
 from verl.errors import ConfigError, DataError
 from verl.trainer.exsearch.__main__ import STAGES, main
-from verl.trainer.exsearch.config import SelfTrainConfig
+from verl.trainer.exsearch.config import SelfTrainConfig, WorldRun
 from verl.trainer.exsearch.outer import Iteration, Policy, best_of, out_of_patience, self_train
 from verl.trainer.exsearch.report import history_row
 from verl.trainer.exsearch.stages import label_of, sft_config
-from verl.trainer.exsearch.task import with_prefix
+from verl.trainer.exsearch.task import warm_up_questions, with_prefix
 from verl.trainer.stages import Done
 
 RECIPES = sorted(path.stem for path in (CONFIG_DIR / "self_train_recipe").glob("*.yaml"))
@@ -92,6 +93,15 @@ def test_the_answers_prefix_goes_before_answers_alone(tmp_path: Path) -> None:
         with_prefix(rows, " ", tmp_path / "out.jsonl")
 
 
+def test_the_warm_up_may_hold_few_questions_of_two_hops() -> None:
+    kinds = ("2-hop", "1-hop", "2-hop", "2-hop", "1-hop", "1-hop")
+    asked = [replace(question(number), kind=kind) for number, kind in enumerate(kinds)]
+    all_kinds = warm_up_questions(asked, WorldRun(warmup=4))
+    assert [one.kind for one in all_kinds] == list(kinds[:4])
+    few = warm_up_questions(asked, WorldRun(warmup=4, warmup_two_hop=1))
+    assert few == [asked[0], asked[1], asked[4], asked[5]]
+
+
 def test_a_stage_has_a_name(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["infrence"]) == 2
     assert "did you mean 'inference'" in capsys.readouterr().err
@@ -113,6 +123,7 @@ def test_a_small_world_runs_through_and_a_second_run_repeats_nothing(tmp_path: P
         "world.warmup=4",
         "sampling.questions=4",
         "sampling.samples=2",
+        "weights.min_probability=0",  # a model of random weights explains nothing
         "search.max_turns=2",
         "loop.iterations=1",
         "sft.trainer.epochs=1",

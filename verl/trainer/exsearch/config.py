@@ -97,6 +97,9 @@ class WeightsConfig:
         merge: equal trajectories of a question become one token row with the sum of their weights, which changes
             nothing but the time that learning takes. The published training file keeps them apart.
         min_weight: rows of less weight are left out, which saves their time; they are counted.
+        min_probability: trajectories after which the gold answer is less probable have no weight; they are counted.
+            What is normalised over a question would otherwise, where none explains the answer, give its whole weight
+            to trajectories that do not, which teaches to guess.
     """
 
     kind: Weighting = "paper"
@@ -105,13 +108,15 @@ class WeightsConfig:
     answer: Literal["gold", "predicted"] = "gold"
     merge: bool = True
     min_weight: float = 0.0
+    min_probability: float = 0.0
 
     def __post_init__(self) -> None:
         check_weighting(self.kind, 2)
         if not 0 <= self.length_exponent <= 1:
             raise ValueError(f"length_exponent={self.length_exponent}; expected from 0 (sum) to 1 (mean)")
-        if not 0 <= self.min_weight < 1:
-            raise ValueError(f"min_weight={self.min_weight}; expected from 0 to below 1")
+        for name in ("min_weight", "min_probability"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; expected from 0 to below 1")
 
 
 @dataclass(frozen=True)
@@ -160,12 +165,12 @@ class WorldRun:
 
     Attributes:
         warmup: training questions of which gold trajectories are made for the warm-up.
-        sentences: an answer is the sentence that states it; the bare name is accepted too.
+        warmup_two_hop: of these, so many have two hops at most; null takes them as they come.
     """
 
     world: WorldConfig = field(default_factory=WorldConfig)
     warmup: int = 100
-    sentences: bool = True
+    warmup_two_hop: int | None = None
 
     def __post_init__(self) -> None:
         if self.warmup < 0:

@@ -100,15 +100,15 @@ def iteration_table(iterations: Sequence[Iteration]) -> list[list[str]]:
 def estep_table(iterations: Sequence[Iteration]) -> list[list[str]]:
     """Return what became of every sampled trajectory, as rows of cells."""
     names = sorted({name for one in iterations if one.estep for name in one.estep["format"]["reasons"]})
-    rows = [
-        ["iteration", "questions", "trajectories", *names, "questions without weight", "examples", "rows", "too light"]
-    ]
+    last = ("improbable", "questions without weight", "examples", "rows", "too light")
+    rows = [["iteration", "questions", "trajectories", *names, *last]]
     for one in iterations:
         if one.estep:
             sampled, weighed = one.estep["inference"], one.estep["format"]
             numbers = [sampled["questions"], sampled["trajectories"]]
             numbers += [weighed["reasons"].get(name, 0) for name in names]
-            numbers += [int(weighed["dead_questions"]), *(weighed[name] for name in ("examples", "rows", "light"))]
+            numbers += [weighed["improbable"], int(weighed["dead_questions"])]
+            numbers += [weighed[name] for name in ("examples", "rows", "light")]
             rows.append([one.policy.name, *map(str, numbers)])
     return rows
 
@@ -118,7 +118,8 @@ def _more(iterations: Sequence[Iteration], best: Iteration, config: SelfTrainCon
     if any(one.estep for one in iterations):
         parts += ["## E-steps", markdown(estep_table(iterations))]
         parts.append(
-            "Questions without weight are those of which no trajectory could be weighed; rows are the examples with "
+            "Improbable are trajectories after which the gold answer has less than `weights.min_probability`; "
+            "questions without weight are those of which no trajectory could be weighed; rows are the examples with "
             "equal ones merged, those of less than `weights.min_weight` left out.\n"
         )
     parts.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,6 @@ from data_preprocess.readers.source import SourceConfig
 from data_preprocess.warmup import WarmupConfig
 from data_preprocess.world import build as world
 from data_preprocess.world.build import WorldFiles
-from data_preprocess.world.language import sentence
 from verl.errors import ConfigError, DataError
 from verl.evaluation.journal import write_whole
 from verl.records import read_questions, write_questions
@@ -92,21 +91,7 @@ def _identity(path: Path | None) -> list[Any] | None:
 
 def _build(run: WorldRun, files: WorldFiles) -> dict[str, int]:
     world.build(run.world, files.folder)
-    if run.sentences:
-        for split in ("train", "validation", "test"):
-            questions = [in_a_sentence(question) for question in read_questions(files.questions(split))]
-            write_questions(files.questions(split), questions, split)
     return {"documents": len(Corpus.open(files.corpus))}
-
-
-def in_a_sentence(question: Question) -> Question:
-    """Return a question of the world that also accepts, and prefers, the sentence in which its answer stands.
-
-    The tiny models state and restate facts, but nothing in their pretraining copies a bare name over a turn's boundary.
-    """
-    relation = question.text.removeprefix("Who is the ").partition(" of ")[0]
-    stated = sentence(relation, question.gold_titles[-1], question.answers[0])
-    return replace(question, answers=(stated, *question.answers))
 
 
 def _index(files: WorldFiles, index: Path) -> None:
@@ -114,17 +99,33 @@ def _index(files: WorldFiles, index: Path) -> None:
 
 
 def _warm_up_rows(config: SelfTrainConfig, run: WorldRun, rows: Path, before: Done, stages: Stages) -> Done:
+    assert config.train is not None
+    asked = rows.with_name("warmup_questions.parquet")
     settings = WarmupConfig(
         output=rows,
-        source=SourceConfig(path=str(config.train), source="world", split="train"),
+        source=SourceConfig(path=str(asked), source="world", split="train"),
         decomposition="world",
         search=config.search,
-        limit=run.warmup,
         seed=config.seed,
         retriever=config.retriever,
     )
-    lasting = [before.fingerprint, config.search, run.warmup, config.seed, settings.min_overlap]
-    return stages.run("warmup_rows", lasting, [rows], lambda: encode(asyncio.run(warmup.build(settings))))
+    lasting = [before.fingerprint, config.search, run.warmup, run.warmup_two_hop, config.seed, settings.min_overlap]
+
+    def build() -> Any:
+        write_questions(asked, warm_up_questions(read_questions(config.train), run), "train")
+        return encode(asyncio.run(warmup.build(settings)))
+
+    return stages.run("warmup_rows", lasting, [asked, rows], build)
+
+
+def warm_up_questions(questions: Sequence[Question], run: WorldRun) -> list[Question]:
+    """Return the first `run.warmup` questions, of those of two hops at most `run.warmup_two_hop`."""
+    two_hop, chosen = 0, []
+    for question in questions:
+        two_hop += question.kind == "2-hop"
+        if question.kind != "2-hop" or run.warmup_two_hop is None or two_hop <= run.warmup_two_hop:
+            chosen.append(question)
+    return chosen[: run.warmup]
 
 
 def with_prefix(rows: Path, prefix: str, output: Path) -> Path:

@@ -116,9 +116,10 @@ def candidates_of(
         groups.setdefault(query_id, len(groups))
     rows = [entropies[key] for key in outcomes]
     logprobs = [math.nan if row["log_probs"] is None else -row["log_probs"] * _tokens(row) for row in rows]
+    least = math.log(config.min_probability) if config.min_probability else -math.inf
     return Candidates(
         group_ids=torch.tensor([groups[query_id] for query_id, _ in outcomes], dtype=torch.int64),
-        usable=torch.tensor([row["log_probs"] is not None for row in rows]),
+        usable=torch.tensor([logprob >= least for logprob in logprobs]),  # NaN is not
         answer_logprobs=torch.tensor(logprobs, dtype=torch.float64),
         answer_tokens=torch.tensor([_tokens(row) for row in rows], dtype=torch.int64),
         rewards=torch.tensor([outcome.parts[config.reward] for outcome in outcomes.values()], dtype=torch.float64),
@@ -148,9 +149,11 @@ def format_stage(files: EpochFiles, maker: Maker, belongs_to: Mapping[str, Any])
             f"{len(outcomes)}); question {odd[0]!r}, trajectory {odd[1]} is in one only: run `entropy` again"
         )
     config = maker.weights
-    weights, stats = trajectory_weights(config.kind, candidates_of(outcomes, entropies, config), config.length_exponent)
+    candidates = candidates_of(outcomes, entropies, config)
+    weights, stats = trajectory_weights(config.kind, candidates, config.length_exponent)
     by_weight = dict(zip(outcomes, weights.tolist(), strict=True))
     counts: Counter[str] = Counter(examples=0, rank=0, rows=0, light=0, accurate=0)
+    counts["improbable"] = reasons(entropies)["scored"] - int(candidates.usable.sum())
     published: list[dict[str, Any]] = []
     partial = files.rows.with_name(f".{files.rows.name}.partial")
     with partial.open("w", encoding="utf-8") as rows:
@@ -165,8 +168,9 @@ def format_stage(files: EpochFiles, maker: Maker, belongs_to: Mapping[str, Any])
     if not counts["rows"]:
         partial.unlink()
         raise DataError(
-            f"no trajectory of {files.trajectories} has a weight ({dict(reasons(entropies))}, weights={config.kind}); "
-            "sample more trajectories, or begin with a better policy"
+            f"no trajectory of {files.trajectories} has a weight ({dict(reasons(entropies))}, {counts['improbable']} "
+            f"below weights.min_probability={config.min_probability}, weights.kind={config.kind}); sample more "
+            "trajectories, or begin with a better policy"
         )
     partial.replace(files.rows)
     for stale in files.folder.glob(f"epo{files.epoch}.training.len=*"):
