@@ -100,6 +100,8 @@ def test_the_warm_up_may_hold_few_questions_of_two_hops() -> None:
     assert [one.kind for one in all_kinds] == list(kinds[:4])
     few = warm_up_questions(asked, WorldRun(warmup=4, warmup_two_hop=1))
     assert few == [asked[0], asked[1], asked[4], asked[5]]
+    with pytest.raises(ValueError, match="warmup_two_hop=-1; expected 0 or more"):
+        WorldRun(warmup_two_hop=-1)
 
 
 def test_a_stage_has_a_name(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,8 +173,10 @@ class WorldRun:
     warmup_two_hop: int | None = None
 
     def __post_init__(self) -> None:
-        if self.warmup < 0:
-            raise ValueError(f"warmup={self.warmup}; expected 0 or more")
+        for name in ("warmup", "warmup_two_hop"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name}={value}; expected 0 or more")
 
 
 @dataclass(frozen=True)

@@ -109,13 +109,17 @@ def _warm_up_rows(config: SelfTrainConfig, run: WorldRun, rows: Path, before: Do
         seed=config.seed,
         retriever=config.retriever,
     )
-    lasting = [before.fingerprint, config.search, run.warmup, run.warmup_two_hop, config.seed, settings.min_overlap]
+    # A stage of its own: the rows' journal goes by the file's time, so a build that was cut off needs the same file.
+    train, chosen = config.train, [before.fingerprint, run.warmup, run.warmup_two_hop]
+    picked = stages.run("warmup_questions", chosen, [asked], lambda: _pick(train, run, asked))
+    lasting = [picked.fingerprint, config.search, config.seed, settings.min_overlap]
+    return stages.run("warmup_rows", lasting, [rows], lambda: encode(asyncio.run(warmup.build(settings))))
 
-    def build() -> Any:
-        write_questions(asked, warm_up_questions(read_questions(config.train), run), "train")
-        return encode(asyncio.run(warmup.build(settings)))
 
-    return stages.run("warmup_rows", lasting, [asked, rows], build)
+def _pick(train: Path, run: WorldRun, asked: Path) -> int:
+    questions = warm_up_questions(read_questions(train), run)
+    write_questions(asked, questions, "train")
+    return len(questions)
 
 
 def warm_up_questions(questions: Sequence[Question], run: WorldRun) -> list[Question]:
