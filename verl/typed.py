@@ -29,6 +29,8 @@ REQUIRED: Any = MISSING
 _SEQUENCES = (tuple, list, collections.abc.Sequence)
 _MAPPINGS = (dict, collections.abc.Mapping)
 _SCALARS = {bool: "true or false", int: "int", float: "float", str: "str", Path: "path"}
+_PLAIN = frozenset((bool, int, str, types.NoneType))
+"""What JSON holds as it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,10 @@ def encode(value: Any, nan_as_null: bool = False) -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, tuple | list):
+        # Token ids and log-probabilities are most of what there is.
+        sorts = set(map(type, value))
+        if sorts <= _PLAIN or (sorts == {float} and all(map(math.isfinite, value))):
+            return list(value)
         return [encode(entry, nan_as_null) for entry in value]
     if nan_as_null and isinstance(value, float) and not math.isfinite(value):
         return None
@@ -96,34 +102,34 @@ class Decoder:
             SearchAgentError: of class `error`; names the key, what came and what was expected.
             TypeError: `kind` is not a supported type (a mistake in the schema, not in the data).
         """
-        origin = get_origin(kind)
-        if kind is Any:
+        sort = _sort(kind)
+        if sort == "any":
             return value
-        if is_dataclass(kind):
+        if sort == "scalar":
+            return self._scalar(kind, value, path)
+        if sort == "dataclass":
             return self._dataclass(kind, value, path, base)
-        if origin in (Union, types.UnionType):
+        if sort == "union":
             return self._union(kind, value, path, base)
-        if origin is Literal:
+        if sort == "literal":
             return self._choice(kind, get_args(kind), value, path)
-        if origin in _SEQUENCES:
+        if sort == "sequence":
             return self._sequence(kind, value, path)
-        if origin in _MAPPINGS:
+        if sort == "mapping":
             return self._mapping(kind, value, path)
-        if isinstance(kind, type) and issubclass(kind, Enum):
-            return kind(self._choice(kind, [member.value for member in kind], value, path))
-        return self._scalar(kind, value, path)
+        return kind(self._choice(kind, [member.value for member in kind], value, path))
 
     def _dataclass(self, kind: Any, value: Any, path: str, base: Any) -> Any:
         if type(value) is kind:
             return value
         if not isinstance(value, Mapping):
             raise self._mismatch(kind, value, path)
-        known = dict(_schema_fields(kind))
-        names = [item.name for item in known]
+        known = _schema_fields(kind)
+        names = [item.name for item, _ in known]
         for key in value:
             if key not in names:
                 raise self.error(_unknown_key(kind, str(key), names, path))
-        built = {item.name: self._field(item, sort, value, path, base) for item, sort in known.items()}
+        built = {item.name: self._field(item, sort, value, path, base) for item, sort in known}
         try:
             return kind(**built)
         except ValueError as cause:
@@ -178,6 +184,8 @@ class Decoder:
         container = list if get_origin(kind) is list else tuple
         sorts = get_args(kind)
         if container is list or sorts[-1] is Ellipsis or get_origin(kind) is not tuple:
+            if sorts[0] in _SCALARS and set(map(type, value)) <= {sorts[0]}:
+                return container(value)
             return container(self.decode(sorts[0], entry, f"{path}[{i}]") for i, entry in enumerate(value))
         if len(sorts) != len(value):
             raise self._mismatch(kind, value, path)
@@ -211,6 +219,27 @@ class Decoder:
     def _mismatch(self, kind: Any, value: Any, path: str, advice: str = "") -> SearchAgentError:
         shown = "null" if value is None else f"{_short(value)} ({type(value).__name__})"
         return self.error(f"{path or 'value'}={shown}: expected {describe(kind)}{advice}")
+
+
+@cache
+def _sort(kind: Any) -> str:
+    """Return how values of a type are read; looked at once for each type, since trajectories have many values."""
+    origin = get_origin(kind)
+    if kind is Any:
+        return "any"
+    if is_dataclass(kind):
+        return "dataclass"
+    if origin in (Union, types.UnionType):
+        return "union"
+    if origin is Literal:
+        return "literal"
+    if origin in _SEQUENCES:
+        return "sequence"
+    if origin in _MAPPINGS:
+        return "mapping"
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return "enum"
+    return "scalar"
 
 
 def default_of(item: Field) -> Any:

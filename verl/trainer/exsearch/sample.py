@@ -115,21 +115,20 @@ def _seeded(sampling: Sampling, seed: int | None) -> Sampling:
     return replace(sampling, seed=seed)
 
 
-def _played(questions: Sequence[Question], journal: Journal) -> Iterator[tuple[Question, list[Trajectory]]]:
-    """Stream what the journal holds of the questions."""
+def _held(questions: Sequence[Question], journal: Journal) -> Iterator[tuple[Question, list[Record]]]:
+    """Stream what the journal holds of the questions: each with the records of its trajectories."""
     for question in questions:
         key = question_key(question)
         if key in journal:
-            records = journal[key]["trajectories"]
-            yield question, [trajectory_from_record(record)[0] for record in records]
+            yield question, journal[key]["trajectories"]
 
 
 def _count(questions: Sequence[Question], journal: Journal, samples: int) -> Counter[str]:
     counts: Counter[str] = Counter(questions=len(questions), trajectories=len(questions) * samples)
     held = 0
-    for _, trajectories in _played(questions, journal):
+    for _, records in _held(questions, journal):
         held += 1
-        counts["failed"] += sum(trajectory.stop is Stop.FAILED for trajectory in trajectories)
+        counts["failed"] += sum(record["stop"] == Stop.FAILED.value for record in records)
     counts["all_failed"] = len(questions) - held
     counts["failed"] += counts["all_failed"] * samples
     return counts
@@ -153,31 +152,36 @@ def _write(
     samples: int,
 ) -> None:
     """Write `trajectories.jsonl` and the published inference file."""
-    write_trajectories(files.trajectories, _numbered(questions, journal))
     grammar, rows, sums = ExSearchGrammar(search), [], Counter[str]()
-    for number, trajectory, outcome in _numbered(questions, journal):
-        question = trajectory.question
-        sums.update({name: outcome.parts[name] for name in ANSWER_METRICS})
-        rows.append(
-            {
-                "query_id": question.id,
-                "trajectory": number,
-                "answer": gold_of(question),
-                "pred": outcome.answer,
-                "messages": grammar.to_messages(question, trajectory.turns),
-                "rank": [{"messages": messages} for messages in grammar.rank_messages(trajectory.turns)],
-            }
-        )
+
+    def scored() -> Iterator[tuple[int, Trajectory, RewardOutcome]]:
+        """Stream all trajectories, each read once, and keep what the published file says of it."""
+        for question, records in _held(questions, journal):
+            for number, record in enumerate(records):
+                trajectory, _ = trajectory_from_record(record)
+                outcome = outcome_of(question, trajectory)
+                sums.update({name: outcome.parts[name] for name in ANSWER_METRICS})
+                rows.append(_published(grammar, number, trajectory, outcome))
+                yield number, trajectory, outcome
+
+    write_trajectories(files.trajectories, scored())
     # Trajectories that did not come back are part of the denominator: their answers are wrong.
     total = len(questions) * samples
     score = {name: round(100 * sums[name] / total, 3) for name in ANSWER_METRICS}
     write_json(files.inference, {"score": score, "output": rows, "config": dict(parameters)})
 
 
-def _numbered(questions: Sequence[Question], journal: Journal) -> Iterator[tuple[int, Trajectory, RewardOutcome]]:
-    for question, trajectories in _played(questions, journal):
-        for number, trajectory in enumerate(trajectories):
-            yield number, trajectory, outcome_of(question, trajectory)
+def _published(grammar: ExSearchGrammar, number: int, trajectory: Trajectory, outcome: RewardOutcome) -> dict[str, Any]:
+    """Return the trajectory's row of the published inference file."""
+    question = trajectory.question
+    return {
+        "query_id": question.id,
+        "trajectory": number,
+        "answer": gold_of(question),
+        "pred": outcome.answer,
+        "messages": grammar.to_messages(question, trajectory.turns),
+        "rank": [{"messages": messages} for messages in grammar.rank_messages(trajectory.turns)],
+    }
 
 
 def outcome_of(question: Question, trajectory: Trajectory) -> RewardOutcome:
