@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -89,6 +90,32 @@ def test_a_score_that_is_not_finite_becomes_null_and_reads_as_nan() -> None:
     assert record["outcome"]["score"] is None
     _, outcome = trajectory_from_record(record)
     assert outcome is not None and math.isnan(outcome.score)
+
+
+@pytest.mark.parametrize(
+    ("ids", "logprobs", "wrong"),
+    [
+        ([1, True], [0.0, 0.0], "ids"),
+        ([1, 2.0], [0.0, 0.0], "ids"),
+        ([1, None], [0.0, 0.0], "ids"),
+        ([1, 2], [0.0, "0"], "logprobs"),
+    ],
+)
+def test_one_wrong_number_among_many_is_named(ids: list[Any], logprobs: list[Any], wrong: str) -> None:
+    record = trajectory_record(SIMPLE, with_ids=True)
+    record["turns"][0]["segments"][0] |= {"ids": ids, "logprobs": logprobs}
+    with pytest.raises(DataError, match=rf"turns\[0\]\.segments\[0\]\.{wrong}\[1\]"):
+        trajectory_from_record(record)
+
+
+def test_log_probabilities_that_are_not_finite_or_whole_are_kept() -> None:
+    record = trajectory_record(SIMPLE, with_ids=True)
+    record["turns"][0]["segments"][0] |= {"ids": [1, 2, 3], "logprobs": [None, -1, -0.5]}
+    trajectory, _ = trajectory_from_record(record)
+    logprobs = trajectory.turns[0].segments[0].logprobs
+    assert math.isnan(logprobs[0]) and logprobs[1:] == (-1.0, -0.5) and type(logprobs[1]) is float
+    encoded = trajectory_record(trajectory, with_ids=True)["turns"][0]["segments"][0]
+    assert encoded["logprobs"] == [None, -1.0, -0.5]
 
 
 def test_lines_are_appended_and_streamed(tmp_path: Path) -> None:

@@ -140,6 +140,19 @@ async def test_every_row_is_written_or_rejected(tmp_path: Path, served: _Client)
     assert json.loads((tmp_path / "w.summary.json").read_text())["rejected"] == {"no decomposition": 1}
 
 
+def test_shuffled_rows_are_the_same_rows_in_an_order_of_the_seed(tmp_path: Path) -> None:
+    plain = [{"key": f"k{n}", "id": f"q{n}", "messages": [{}] * 6, "documents": [], "ranks": []} for n in range(20)]
+    orders = []
+    for shuffle, seed in ((False, 0), (True, 0), (True, 0), (True, 1)):
+        config = config_of(tmp_path, shuffle=shuffle, seed=seed)
+        write(config, plain, [])
+        orders.append([row["query_id"] for row in rows_of(config.output)])
+    in_order, first, again, other = orders
+    assert in_order == [record["id"] for record in plain]
+    assert first == again and sorted(first) == sorted(in_order)
+    assert len({tuple(order) for order in (in_order, first, other)}) == 3
+
+
 async def test_a_dead_service_loses_nothing(tmp_path: Path, served: _Client) -> None:
     served.broken = {"rival of Bob"}
     config = config_of(tmp_path)
