@@ -12,8 +12,18 @@ import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from verl.retrieval.corpus import Corpus
+from verl.retrieval.dense import index_file, index_info
+from verl.retrieval.encoder import load_encoder
+from verl.retrieval.file_mark import file_mark
+from verl.retrieval.index_file import write_index_file
+from verl.retrieval.index_kinds import IndexConfig, lay_out
 
 HERE = Path(__file__).parent
 _SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
@@ -23,6 +33,7 @@ world team season game player book song album story village county district fami
 station train language science art history law court market food plant animal bird fish tree light sound
 """
 _START_S = 600.0
+_ENCODED = 201
 
 
 def write_world(path: Path, documents: int, queries: int, rare_words: int, rng: random.Random) -> tuple[str, ...]:
@@ -46,6 +57,23 @@ def write_world(path: Path, documents: int, queries: int, rare_words: int, rng: 
     while len(asked) < queries:
         asked[" ".join(rng.choices(words, weights, k=8))] = None
     return tuple(asked)
+
+
+def index_random(corpus: Corpus, retriever: str, folder: Path) -> None:
+    """Write a flat dense index of random unit vectors, in which searching takes as long as among real ones.
+
+    Some documents, evenly spread, are really encoded: by a few the library knows the encoder of an index.
+    """
+    encoder, config = load_encoder(retriever), IndexConfig()
+    vectors = np.random.default_rng(0).standard_normal((len(corpus), encoder.width), dtype=np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    real = np.unique(np.linspace(0, len(corpus) - 1, _ENCODED).astype(int))
+    vectors[real] = encoder.encode_passages([corpus[row].contents for row in real.tolist()])
+    path = folder / index_file(retriever, config.kind)
+    folder.mkdir()
+    write_index_file(lay_out(config, *vectors.shape), vectors, path)
+    info = index_info(corpus, retriever, None, config, encoder.spec)
+    replace(info, files={path.name: file_mark(path)}).save(folder)
 
 
 class Process:

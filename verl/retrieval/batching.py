@@ -11,6 +11,8 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 R = TypeVar("R")
 
+_CROWD = 8
+
 Run = Callable[[list[T]], Coroutine[Any, Any, Sequence[R | Exception]]]
 
 
@@ -18,10 +20,11 @@ class MicroBatcher(Generic[T, R]):
     """Collects items from concurrent calls and runs them together.
 
     A batch starts when a running slot is free and it is full or its window has passed. While every slot is busy the
-    items pile up, so the busier the service, the larger its batches. The window is only waited for when there were
-    several callers at the end of the batch before, because a lone caller would gain nothing by waiting. It ends as soon
-    as there are as many items as were answered and waiting then: callers who wait for an answer before they ask anew
-    are all back, and share one batch instead of falling apart into groups that take turns.
+    items pile up, so the busier the service, the larger its batches. The window is only waited for when the batch
+    before and those left waiting at its end were a crowd: a few callers would lose more by waiting than they gain, and
+    below half load most batches are of a few. It ends as soon as there are as many items as were answered and waiting
+    then: callers who wait for an answer before they ask anew are all back, and share one batch instead of falling
+    apart into groups that take turns.
 
     Belongs to the event loop in which it is first used.
     """
@@ -124,7 +127,8 @@ class MicroBatcher(Generic[T, R]):
         self._running.discard(running)
         self._slots.release()
         size = sum(len(part.items) for part in batch)
-        self._expected = min(size + self.waiting, self._max_items) if len(batch) > 1 or self.waiting else 0
+        there = min(size + self.waiting, self._max_items) if len(batch) > 1 or self.waiting else 0
+        self._expected = there if there >= _CROWD else 0
         error = None if running.cancelled() else running.exception()
         if running.cancelled() or (error is not None and not isinstance(error, Exception)):
             for part in batch:  # we are being stopped, and so are the callers

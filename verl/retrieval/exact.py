@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,17 +10,19 @@ import faiss
 import numpy as np
 import torch
 
-_BATCH = 16
+_BATCH = 2
 """Queries from which on one matrix product per block beats scanning the vectors once per query."""
 _BLOCK_ROWS = 16_384
+_COPIED_ROWS = 1024
 _SCORES_BYTES = 64 << 20
 
 
 class ExactSearch:
     """Finds the best rows of a matrix for queries; scores are those of float32 kernels, good to rounding.
 
-    A few queries are scanned by FAISS, every thread over its own part of the rows, so that a single query uses all
-    threads as well. Many queries are a matrix product per block, which reads the vectors once for all of them.
+    A single query is scanned by FAISS, every thread over its own part of the rows. Several are a matrix product, for
+    which the vectors are copied to aligned memory, a cacheful at a time: the numbers of a mapped FAISS file begin at an
+    odd address, where MKL multiplies up to four times as slowly (measured with AVX2, 2 to 8 queries).
 
     Args:
         vectors: (N, D) float32 or float16, C-contiguous.
@@ -77,9 +80,23 @@ class ExactSearch:
     def _products(self, queries: np.ndarray, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         asked = torch.from_numpy(np.ascontiguousarray(queries, dtype=np.float32))
         step = max(1, min(_BLOCK_ROWS, _SCORES_BYTES // (4 * len(queries))))
+        copied = torch.empty(min(self._threads * _COPIED_ROWS, step), queries.shape[1])
+        products = torch.empty(len(queries), step)
         for start in range(0, len(self._vectors), step):
             block = self._vectors[start : start + step]
-            if block.dtype != np.float32 or not block.flags.writeable:  # torch takes no read-only array
-                block = np.array(block, dtype=np.float32)
-            scores, rows = torch.topk(asked @ torch.from_numpy(block).T, min(count, len(block)), dim=1)
+            for at in range(0, len(block), len(copied)):
+                part = self._copy(block[at : at + len(copied)], copied)
+                torch.mm(asked, part.T, out=products[:, at : at + len(part)])
+            scores, rows = torch.topk(products[:, : len(block)], min(count, len(block)), dim=1)
             yield rows + start, scores
+
+    def _copy(self, block: np.ndarray, to: torch.Tensor) -> torch.Tensor:
+        """Copy `block` to the head of `to`, as float32, every thread a part; return that head."""
+        part = to[: len(block)]
+
+        def copy(start: int) -> None:
+            np.copyto(part.numpy()[start : start + _COPIED_ROWS], block[start : start + _COPIED_ROWS])
+
+        starts = range(0, len(block), _COPIED_ROWS)
+        deque(self._pool.map(copy, starts) if len(starts) > 1 else map(copy, starts), maxlen=0)
+        return part

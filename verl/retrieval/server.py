@@ -90,6 +90,7 @@ class _Server(uvicorn.Server):
                 loop="uvloop",
                 log_config=None,
                 access_log=False,
+                proxy_headers=False,  # nothing asks who the client is
                 timeout_keep_alive=config.keep_alive_s,  # type: ignore[arg-type]  # seconds of a timer
                 timeout_graceful_shutdown=max(1, round(config.shutdown_timeout_s)),
             )
