@@ -4,17 +4,17 @@
     python scripts/bench/retriever.py --retrievers minilm --documents 500     # nearly all of a query is encoding
 
 Every row asks the same queries, `--rounds` times in turn with the other rows, and shows the median. The first rows call
-in one process: the bare library (encoder and FAISS, or bm25s; row numbers only, full batches), and the engine (with
-documents), full batches and one by one. The next ask over HTTP: a naive server that encodes and searches one request at
-a time, with sentence-transformers and FAISS or with bm25s as one writes it first, and the same over our engine; and
-the service, without its cache of results, with 1, 32 and 1,000 clients of one query each on raw keep-alive connections,
-and with 32 callers that share one `RetrieverClient`; then, with its cache, 32 clients that ask every query five times,
-as the rollouts of one question do. The last ones load the service with half of what it can do, and
-show latencies: of requests that come evenly, and at random (Poisson), where even an ideal queue with one server has a
-p99 of 4.3 times the service time, if batches bring nothing. All that answers is bound to one CPU, all that asks to
-another. `cpu` is the CPU time of a query on the answering side, which other work on the machine disturbs less than the
-clock does. Every answer is compared with the engine's; the libraries' scores may differ in their last digits, and
-documents of equal scores in their order.
+in one process: the bare library (encoder and FAISS, or bm25s; row numbers only), in full batches and in the largest
+that 32 clients can make, and the engine (with documents), full batches and one by one. The next ask over HTTP: a naive
+server that encodes and searches one request at a time, with sentence-transformers and FAISS or with bm25s as one writes
+it first, and the same over our engine; and the service, without its cache of results, with 1, 32 and 1,000 clients of
+one query each on raw keep-alive connections, and with 32 callers that share one `RetrieverClient`; then, with its
+cache, 32 clients that ask every query five times, as the rollouts of one question do. The last ones load the service
+with half of what it can do, and show latencies: of requests that come evenly, and at random (Poisson), where even an
+ideal queue with one server has a p99 of 4.3 times the service time, if batches bring nothing. All that answers is bound
+to one CPU, all that asks to another. `cpu` is the CPU time of a query on the answering side, which other work on the
+machine disturbs less than the clock does. Every answer is compared with the engine's; the libraries' scores may differ
+in their last digits, and documents of equal scores in their order.
 
 Queries are really encoded; the vectors of a dense index are mostly random unit vectors instead of encoded passages,
 which take an hour to encode and are searched in the same time. The defaults take about six minutes on two slow cores.
@@ -48,6 +48,7 @@ from verl.retrieval.server_config import ServerConfig
 from verl.services import free_port
 
 LIBRARY = "library, full batches"
+LIBRARY_OF_CLIENTS = "library, batches of 32"
 ENGINE = "engine, full batches"
 SINGLE = "engine, one by one"
 ALONE = "service, 1 client"
@@ -127,6 +128,7 @@ class Bench:
         """Measure all rows, round by round."""
         for number in range(self._work.rounds):
             self._in_process(LIBRARY, "library", _SERVER.batch_queries)
+            self._in_process(LIBRARY_OF_CLIENTS, "library", _CLIENTS)
             self._in_process(ENGINE, "engine", _SERVER.batch_queries)
             self._in_process(SINGLE, "engine", 1)
             self._over_http(NAIVE, self._naive, clients=_CLIENTS)
@@ -256,8 +258,8 @@ def report(title: str, rows: Sequence[Row]) -> str:
         "  service of library, 32 and 1000 clients: {:.2f}, {:.2f}; by CPU time {:.2f}, {:.2f}".format(*ratios),
         f"  service adds {added:.3f} ms of CPU to a query: 0.90 of an engine that takes {9 * added:.2f} ms or more",
         *(
-            f"  service of {row.name}: with 32 clients {one.rate / row.rate:.1f} x, with 1000 {many.rate / row.rate:.1f} "
-            f"x, with cache and groups {groups.rate / row.rate:.1f} x; by CPU time {row.cpu / one.cpu:.1f} x, "
+            f"  service of {row.name}, 32 and 1000 clients, cache and groups: {one.rate / row.rate:.1f} x, "
+            f"{many.rate / row.rate:.1f} x, {groups.rate / row.rate:.1f} x; by CPU time {row.cpu / one.cpu:.1f} x, "
             f"{row.cpu / many.cpu:.1f} x, {row.cpu / groups.cpu:.1f} x"
             for row in (naive, of[NAIVE_ENGINE])
         ),
