@@ -1,4 +1,4 @@
-"""The compiled search against adding up whole arrays."""
+"""The compiled search against adding up whole arrays, whatever it skips on the way."""
 
 from __future__ import annotations
 
@@ -66,6 +66,18 @@ def check(lists: Sequence[tuple[np.ndarray, np.ndarray]], documents: int, asked:
         rows, scores = postings.best(terms, topk)
         assert len(set(rows.tolist())) == len(rows)
         assert dict(zip(rows.tolist(), scores.tolist(), strict=True)) == brute_force(lists, terms, topk)
+
+
+def test_a_long_list_is_looked_into_and_not_added_up() -> None:
+    rare = (np.array([5, 9], np.int32), np.array([8.0, 7.0], np.float32))
+    common = (np.arange(DOCUMENTS, dtype=np.int32), np.full(DOCUMENTS, 0.5, np.float32))
+    starts, rows, scores = index_of([rare, common])
+    postings = Postings(starts, rows, scores, DOCUMENTS)
+    assert dict(zip(*map(np.ndarray.tolist, postings.best([1, 0], 2)), strict=True)) == {5: 8.5, 9: 7.5}
+    # Once its highest score is known, only the entries of documents 5 and 9 count. A changed one shows who reads it.
+    scores[2 + 100] = 100.0
+    assert set(postings.best([0, 1], 2)[0].tolist()) == {5, 9}
+    assert 100 in postings.best([0, 1], 3)[0].tolist(), "the rare list alone has too few"
 
 
 def test_no_list_and_no_entry_is_no_hit() -> None:
