@@ -218,3 +218,11 @@ def test_any_object_is_a_document_or_a_reason(row: dict[str, object]) -> None:
         assert outcome.title or outcome.text
     else:
         assert outcome
+
+
+def test_a_long_passage_of_a_tsv_is_a_document(tmp_path: Path) -> None:
+    path = tmp_path / "psgs_w100.tsv"
+    text = "word " * 40_000
+    path.write_text(f"id\ttext\ttitle\n1\t{text.strip()}\tLong\n")
+    (document,) = Corpus.open(path).rows([0])
+    assert (document.id, document.title, document.text) == ("1", "Long", text.strip())

@@ -258,7 +258,7 @@ def test_a_device_without_memory_says_what_to_lower(bert: Path) -> None:
     encoder = load_encoder("e5", str(bert), CPU)
     side = dataclasses.replace(encoder._queries, networks=(Full(),))
     full = Encoder(side, side, encoder.spec, EncoderConfig(batch_tokens=77), torch.device("cpu"))
-    with pytest.raises(ConfigError, match=r"no memory for 77 tokens.*lower batch_tokens"):
+    with pytest.raises(ConfigError, match=r"no memory for 77 tokens.*lower --batch_tokens"):
         full.encode_queries(["a"])
 
 

@@ -34,7 +34,8 @@ def indexes(tmp_path: Path, tiny_bert: Path) -> Path:
 
 def options(folder: Path, name: str, *indexes: str, **more: Any) -> EngineOptions:
     paths = tuple(folder / index for index in indexes)
-    return EngineOptions(name, paths, folder / "corpus.jsonl", device="cpu", **more)
+    device = None if name == "bm25" and "rerank_model" not in more else "cpu"
+    return EngineOptions(name, paths, folder / "corpus.jsonl", device=device, **more)
 
 
 def ids(result: SearchResult | RetrieverError) -> list[str]:
@@ -124,6 +125,7 @@ def test_only_what_is_replayed_may_be_kept(
 
 
 PATH = Path("x")
+BM25 = {"retriever_name": "bm25", "corpus_path": PATH, "index_path": (PATH,)}
 
 
 @pytest.mark.parametrize(
@@ -138,11 +140,35 @@ PATH = Path("x")
         ({"retriever_name": "serper", "threads": 0}, "threads=0"),
         ({"retriever_name": "serper", "on_error": "ignore"}, "on_error='ignore'; expected one of raise, skip"),
         ({"retriever_name": "serper", "web_cache_mode": "x"}, "web_cache_mode='x'; expected one of"),
+        ({**BM25, "query_syntax": "boolean"}, "query_syntax='boolean' concerns a lucene index, and none is opened"),
+        ({**BM25, "lucene_k1": 1.0}, "leave --lucene_k1 out"),
+        ({**BM25, "nprobe": 64}, "nprobe=64 concerns a dense index"),
+        ({**BM25, "faiss_gpu": True}, "faiss_gpu=True concerns a dense index"),
+        ({**BM25, "device": "cpu"}, "device='cpu' concerns a dense index"),
+        ({**BM25, "retriever_name": "e5", "on_syntax_error": "error"}, "concerns a lucene index"),
+        ({"retriever_name": "serper", "retriever_model": "x"}, "concerns a dense index"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(wrong: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         EngineOptions(**wrong)
+
+
+def test_options_must_concern_an_index_of_a_hybrid(indexes: Path) -> None:
+    with pytest.raises(ConfigError, match=r"query_syntax='boolean' concerns a lucene index.*\(bm25, e5\)"):
+        open_engine(options(indexes, "hybrid", "bm25", "e5", query_syntax="boolean"))
+
+
+def test_a_device_may_be_the_rerankers() -> None:
+    assert EngineOptions(**BM25, device="cpu", rerank_model="r").device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("file", "mode", "replay"),
+    [(None, None, "off"), (PATH, None, "record"), (PATH, "off", "off"), (PATH, "replay", "replay")],
+)
+def test_a_named_file_of_answers_is_kept(file: Path | None, mode: Any, replay: str) -> None:
+    assert EngineOptions("serper", web_cache=file, web_cache_mode=mode).replay_mode == replay
 
 
 def test_the_published_flags_are_enough() -> None:
@@ -155,9 +181,10 @@ def test_the_published_flags_are_enough() -> None:
 def test_every_flag_reaches_its_field() -> None:
     flags = (
         "--retriever_name hybrid --index_path a b --corpus_path c --corpus_cache d --on-error skip --threads 2 "
-        "--encoder_spec f.yaml --encoder_spec pooling=cls --device cpu --dtype bfloat16 --nprobe 4 --ef_search 5 "
-        "--query_syntax boolean --on_syntax_error bag_of_words --rrf_k 6 --fusion_depth 7 --rerank_model r "
-        "--rerank_depth 8 --web_cache w --web_cache_mode replay --web_rate 0.5 --web_pages 2 --web_base_url u "
+        "--encoder_spec f.yaml --encoder_spec pooling=cls --device cpu --dtype bfloat16 --batch_tokens 64 --nprobe "
+        "4 --ef_search 5 --query_syntax boolean --on_syntax_error bag_of_words --lucene_k1 1.5 --lucene_b 0.5 "
+        "--rrf_k 6 --fusion_depth 7 --rerank_model r --rerank_depth 8 --web_cache w --web_cache_mode replay "
+        "--web_rate 0.5 --web_pages 2 --web_base_url u "
         "--workers 3 --batch_queries 9 --batch_window_ms 1.5 --drain_s 2 --shutdown_timeout_s 3 --token_env T "
         "--cache_file s --cache_mb 1 --cache_disk_mb 2 --max_queued_queries 2000 --max_connections 4 --max_body_mb 5 "
         "--header_timeout_s 6 --body_timeout_s 7 --write_timeout_s 8 --keep_alive_s 9 "
@@ -191,10 +218,13 @@ def test_every_flag_reaches_its_field() -> None:
         encoder_spec=("f.yaml", "pooling=cls"),
         device="cpu",
         dtype="bfloat16",
+        batch_tokens=64,
         nprobe=4,
         ef_search=5,
         query_syntax="boolean",
         on_syntax_error="bag_of_words",
+        lucene_k1=1.5,
+        lucene_b=0.5,
         rrf_k=6,
         fusion_depth=7,
         rerank_model="r",

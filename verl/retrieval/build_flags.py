@@ -25,7 +25,9 @@ def build_options(args: argparse.Namespace) -> BuildOptions:
     """
     return BuildOptions(
         model=args.retriever_model,
-        encoder=EncoderConfig(args.device, args.batch_size, dtype="float16" if args.use_fp16 else args.dtype),
+        encoder=EncoderConfig(
+            args.device, args.batch_size, args.batch_tokens, "float16" if args.use_fp16 else args.dtype
+        ),
         encoder_overrides=_encoder_overrides(args),
         bm25=_from_flags(BM25Config, "bm25", args),
         lucene=_from_flags(LuceneConfig, "lucene", args),
@@ -107,6 +109,7 @@ def _add_encoder_flags(group: Group) -> None:
     group.add_argument(
         "--batch_size", type=int, default=encoder.batch_size, help="texts of a forward pass (default: %(default)s)"
     )
+    group.add_argument("--batch_tokens", type=int, help="tokens of a forward pass (default: what suits the device)")
     group.add_argument("--embedding_path", type=Path, help="raw float32 vectors to use in place of encoding")
     group.add_argument("--save_embedding", action="store_true", help="keep the vectors in SAVE_DIR.vectors")
 

@@ -166,6 +166,9 @@ def _lines(raw: BinaryIO) -> Iterator[bytes]:
         yield line.removeprefix(b"\xef\xbb\xbf") if position == 0 else line
 
 
+csv.field_size_limit(2**31 - 1)  # a passage may be longer than csv's own limit of 128 KiB
+
+
 @dataclass(frozen=True, slots=True)
 class _Columns:
     """Where a tsv has its id, text and title. One line is one row; fields may be quoted as in csv, as DPR's are."""

@@ -122,7 +122,7 @@ class Encoder:
                     list(pool.map(work, side.networks))
         except torch.OutOfMemoryError as error:
             raise ConfigError(
-                f"the device has no memory for {self._max_tokens} tokens of a batch ({error}); lower batch_tokens"
+                f"the device has no memory for {self._max_tokens} tokens of a batch ({error}); lower --batch_tokens"
             ) from error
         self._refuse_infinite(vectors, kind)
         return vectors

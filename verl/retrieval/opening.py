@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -27,6 +28,19 @@ REMOTE = (*WEB, COLBERT_API)
 NAMES = (*RETRIEVERS, HYBRID, *REMOTE)
 
 
+_OF_DENSE = (
+    "retriever_model",
+    "encoder_spec",
+    "device",
+    "dtype",
+    "batch_tokens",
+    "nprobe",
+    "ef_search",
+    "faiss_gpu",
+)
+_OF_LUCENE = ("query_syntax", "on_syntax_error", "lucene_k1", "lucene_b")
+
+
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """Which engine is opened.
@@ -42,18 +56,21 @@ class EngineOptions:
         encoder_spec: what else differs from it; see `verl.retrieval.encoder_spec.read_overrides`.
         device: torch device of the encoder, a GPU if there is one when None.
         dtype: in which numbers the encoder computes.
+        batch_tokens: the most tokens of its forward pass, what suits the device when None.
         nprobe: see `verl.retrieval.search_config.SearchConfig`, as for the next two.
         ef_search: as above.
         faiss_gpu: as above.
         query_syntax: of a Lucene index, that of the index when None.
         on_syntax_error: of a Lucene index, that of the index when None.
+        lucene_k1: of a Lucene index, that of the index when None.
+        lucene_b: as above.
         rrf_k: see `verl.retrieval.fusion`.
         fusion_depth: documents of each index that are fused.
         rerank_model: cross-encoder that orders the best documents anew, None for no such stage.
         rerank_kind: what that model is; `late_interaction` is ColBERT's (`verl.retrieval.late_interaction`).
         rerank_depth: how many it orders.
         web_cache: file of kept answers.
-        web_cache_mode: see `verl.retrieval.replay.ReplayMode`.
+        web_cache_mode: see `verl.retrieval.replay.ReplayMode`; `record` when None and a file is named, else `off`.
         web_rate: requests in a second, of all workers together.
         web_pages: most pages of ten results that one query asks for.
         web_base_url: another host that speaks the service's format; of `colbert_api`, the address of its search.
@@ -69,18 +86,21 @@ class EngineOptions:
     encoder_spec: tuple[str, ...] = ()
     device: str | None = None
     dtype: Precision = "auto"
+    batch_tokens: int | None = None
     nprobe: int | None = None
     ef_search: int | None = None
     faiss_gpu: bool = False
     query_syntax: QuerySyntax | None = None
     on_syntax_error: OnSyntaxError | None = None
+    lucene_k1: float | None = None
+    lucene_b: float | None = None
     rrf_k: int = 60
     fusion_depth: int = 100
     rerank_model: str | None = None
     rerank_kind: RerankKind = "cross_encoder"
     rerank_depth: int = 50
     web_cache: Path | None = None
-    web_cache_mode: ReplayMode = "off"
+    web_cache_mode: ReplayMode | None = None
     web_rate: float = 5.0
     web_pages: int = 1
     web_base_url: str | None = None
@@ -100,10 +120,35 @@ class EngineOptions:
             raise ConfigError(f"retriever_name=hybrid came with {count} --index_path; expected at least two")
         if name in RETRIEVERS and count != 1:
             raise ConfigError(f"retriever_name={name} came with {count} --index_path; expected one")
-        for option, known in (("on_error", OnError), ("web_cache_mode", ReplayMode), ("rerank_kind", RerankKind)):
-            if getattr(self, option) not in get_args(known):
+        given = {"on_error": OnError, "web_cache_mode": self.web_cache_mode and ReplayMode, "rerank_kind": RerankKind}
+        for option, known in given.items():
+            if known is not None and getattr(self, option) not in get_args(known):
                 choices = ", ".join(get_args(known))
                 raise ConfigError(f"{option}={getattr(self, option)!r}; expected one of {choices}")
+        if name != HYBRID:
+            self.check_concerns((name,))
+
+    def check_concerns(self, names: Sequence[str]) -> None:
+        """Refuse options that none of the opened retrievers has, rather than search otherwise than was asked for.
+
+        Raises:
+            ConfigError: names the option.
+        """
+        there = (("dense", not set(names).isdisjoint(ENCODERS)), ("lucene", "lucene" in names))
+        for kind, has in there:
+            options = () if has else _OF_DENSE if kind == "dense" else _OF_LUCENE
+            for option in options:
+                value, usual = getattr(self, option), next(item.default for item in fields(self) if item.name == option)
+                if value != usual and not (option == "device" and self.rerank_model):
+                    raise ConfigError(
+                        f"{option}={value!r} concerns a {kind} index, and none is opened ({', '.join(names)}); leave "
+                        f"--{option} out, or pass such an index"
+                    )
+
+    @property
+    def replay_mode(self) -> ReplayMode:
+        """What is done with the file of kept answers."""
+        return self.web_cache_mode or ("off" if self.web_cache is None else "record")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +173,7 @@ def open_engine(options: EngineOptions) -> Opened:
         DataError: the corpus or an index is missing or damaged, or they do not belong together.
     """
     remote = options.retriever_name in REMOTE
-    opened = Opened(_remote(options) if remote else _local(options), not remote or options.web_cache_mode == "replay")
+    opened = Opened(_remote(options) if remote else _local(options), not remote or options.replay_mode == "replay")
     if options.rerank_model is None:
         return opened
     with ExitStack() as stack:
@@ -155,7 +200,8 @@ def _local(options: EngineOptions) -> Engine:
 
 def _parts(options: EngineOptions) -> list[tuple[Path, str, str | None]]:
     """Return path, retriever and encoder of each index; the retriever stands in the index itself."""
-    names = [IndexInfo.load(_folder(path)).retriever for path in options.index_path]
+    names = [_retriever_of(path) for path in options.index_path]
+    options.check_concerns(names)
     dense = [name for name in names if name in ENCODERS]
     if options.retriever_model is not None and len(dense) != 1:
         raise ConfigError(
@@ -164,6 +210,14 @@ def _parts(options: EngineOptions) -> list[tuple[Path, str, str | None]]:
         )
     models = [options.retriever_model if name in ENCODERS else None for name in names]
     return list(zip(options.index_path, names, models, strict=True))
+
+
+def _retriever_of(path: Path) -> str:
+    """Return the retriever of an index; one that came without `index.json` is taken for Lucene's, or refused."""
+    folder = _folder(path)
+    if (folder / INFO_NAME).exists() or not any(folder.glob("segments_*")):
+        return IndexInfo.load(folder).retriever
+    return "lucene"
 
 
 def _folder(path: Path) -> Path:
@@ -175,7 +229,7 @@ def _index(options: EngineOptions, path: Path, name: str, model: str | None, cor
         return _lucene(options, path, corpus)
     assert corpus is not None  # the options were checked
     search = SearchConfig(options.nprobe, options.ef_search, options.faiss_gpu)
-    encoder = EncoderConfig(options.device, dtype=options.dtype)
+    encoder = EncoderConfig(options.device, batch_tokens=options.batch_tokens, dtype=options.dtype)
     overrides = read_overrides(options.encoder_spec)
     return open_index(path, corpus, name, model, options.threads, search, encoder, overrides)
 
@@ -191,7 +245,7 @@ def _lucene(options: EngineOptions, path: Path, corpus: Corpus | None) -> Engine
         raise ConfigError(
             f"index {path} was built for retriever {info.retriever!r}; pass --retriever_name {info.retriever}"
         )
-    search = LuceneSearch(query_syntax=options.query_syntax, on_syntax_error=options.on_syntax_error)
+    search = LuceneSearch(options.lucene_k1, options.lucene_b, options.query_syntax, options.on_syntax_error)
     return lucene.open_engine(folder, corpus, info, search, options.threads)
 
 
@@ -202,7 +256,7 @@ def _remote(options: EngineOptions) -> Engine:
 def _colbert_api(options: EngineOptions) -> Engine:
     from verl.retrieval import colbert_client
 
-    config = colbert_client.ColbertApiConfig(options.web_base_url, options.web_cache, options.web_cache_mode)
+    config = colbert_client.ColbertApiConfig(options.web_base_url, options.web_cache, options.replay_mode)
     return colbert_client.open_engine(config)
 
 
@@ -215,7 +269,7 @@ def _web(options: EngineOptions) -> Engine:
         base_url=options.web_base_url,
         pages=options.web_pages,
         cache=options.web_cache,
-        cache_mode=options.web_cache_mode,
+        cache_mode=options.replay_mode,
         http=FetchConfig(rate=options.web_rate),
     )
     return web.open_engine(config)

@@ -23,7 +23,7 @@ from verl.retrieval import wire
 from verl.retrieval.batching import MicroBatcher
 from verl.retrieval.engine import EngineInfo
 from verl.retrieval.engine_thread import EngineThread
-from verl.retrieval.openapi import ERROR
+from verl.retrieval.openapi import ERROR, NOT_BLANK
 from verl.retrieval.rerank import DEFAULT_MODEL, CrossEncoderReranker, Pair, Reranker, ordered
 from verl.retrieval.server_config import ServerConfig
 from verl.retrieval.wire import RefusedRequest, Rendered, RequestLimits, render, response_body
@@ -40,17 +40,6 @@ _DOCUMENT_SCHEMA = {
     "type": "object",
     "required": ["id", "contents"],
     "properties": {"id": {"type": "string"}, "contents": {"type": "string"}},
-}
-_REQUEST_SCHEMA = {
-    "type": "object",
-    "required": ["queries", "documents"],
-    "additionalProperties": False,
-    "properties": {
-        "queries": {"type": "array", "minItems": 1, "items": {"type": "string", "minLength": 1}},
-        "documents": {"type": "array", "minItems": 1, "items": {"type": "array", "items": _DOCUMENT_SCHEMA}},
-        "rerank_topk": {"type": ["integer", "null"], "minimum": 1},
-        "return_scores": {"type": "boolean", "default": False},
-    },
 }
 
 
@@ -85,6 +74,8 @@ def parse_rerank_request(body: bytes, limits: RequestLimits, default_topk: int) 
     documents = _documents(received.get("documents"), "documents" in received, len(queries), limits)
     topk = received.get("rerank_topk")
     topk = default_topk if topk is None else topk
+    if isinstance(topk, float) and topk.is_integer():  # JSON does not tell 2.0 from 2
+        topk = int(topk)
     if isinstance(topk, bool) or not isinstance(topk, int) or topk < 1:
         raise _invalid("rerank_topk", f"rerank_topk is {_shown(topk)}; expected an integer of at least 1")
     return_scores = received.get("return_scores", False)
@@ -157,13 +148,32 @@ class RerankService:
         return scores
 
 
+def _request_schema(limits: RequestLimits) -> dict[str, Any]:
+    """Return the schema of a body; that there are as many lists of documents as queries, no schema can say."""
+    query = {"type": "string", "minLength": 1, "maxLength": limits.max_query_chars, "pattern": NOT_BLANK}
+    listed = {"type": "array", "minItems": 1, "maxItems": limits.max_queries}
+    documents = {"type": "array", "items": _DOCUMENT_SCHEMA}
+    return {
+        "type": "object",
+        "required": ["queries", "documents"],
+        "additionalProperties": False,
+        "properties": {
+            "queries": {**listed, "items": query},
+            "documents": {**listed, "items": documents},
+            "rerank_topk": {"type": ["integer", "null"], "minimum": 1},
+            "return_scores": {"type": "boolean", "default": False},
+        },
+    }
+
+
 def add_rerank_route(app: FastAPI, reranker: Reranker, config: ServerConfig) -> RerankService:
     """Let an app answer `POST /rerank`; also while it runs.
 
     The app has to bound the size of bodies and to answer `RefusedRequest`. Close what is returned when it shuts down.
     """
     service = RerankService(reranker, config)
-    body_docs = {"required": True, "content": {"application/json": {"schema": _REQUEST_SCHEMA}}}
+    schema = _request_schema(config.limits)
+    body_docs = {"required": True, "content": {"application/json": {"schema": schema}}}
     faults: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 408, 413, 422, 500, 502, 503), ERROR)
 
     @app.post("/rerank", openapi_extra={"requestBody": body_docs}, responses=faults)

@@ -120,6 +120,7 @@ def _add_dense(add: Add) -> None:
         default=_default(EngineOptions, "dtype"),
         help="in which numbers the encoder computes (default: %(default)s)",
     )
+    add("--batch_tokens", type=int, help="most tokens of the encoder's forward pass (default: what suits the device)")
     add("--nprobe", type=int, help="clusters of an IVF index that are searched (default: as tuned)")
     add("--ef_search", type=int, help="candidates that an HNSW search keeps (default: as tuned)")
     add("--faiss_gpu", action="store_true", help="search on all visible GPUs, in half precision")
@@ -128,6 +129,8 @@ def _add_dense(add: Add) -> None:
 def _add_stages(add: Add) -> None:
     add("--query_syntax", choices=get_args(QuerySyntax), help="lucene (default: the index's)")
     add("--on_syntax_error", choices=get_args(OnSyntaxError), help="lucene: what a malformed Boolean query gets")
+    add("--lucene_k1", type=float, help="lucene: BM25's k1 (default: the index's)")
+    add("--lucene_b", type=float, help="lucene: BM25's b (default: the index's)")
     add("--rerank_model", help="model that orders the best documents anew; with it POST /rerank is served too")
     add("--rerank_kind", choices=get_args(RerankKind), default=_default(EngineOptions, "rerank_kind"), help="its kind")
     add("--web_base_url", help="web: another host that speaks the service's format; colbert_api: the search")
@@ -135,8 +138,7 @@ def _add_stages(add: Add) -> None:
     add(
         "--web_cache_mode",
         choices=get_args(ReplayMode),
-        default=_default(EngineOptions, "web_cache_mode"),
-        help="web: whether that file is used, and the service at all (default: %(default)s)",
+        help="web: whether that file is used, and the service at all (default: record if a file is named, else off)",
     )
 
 
