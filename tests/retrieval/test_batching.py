@@ -124,6 +124,17 @@ async def test_the_window_ends_when_as_many_are_there_as_before(doubler: Doubler
         await asyncio.gather(*(batcher.submit([n]) for n in range(len(doubler.batches[-1]))))
 
 
+@pytest.mark.parametrize(("callers", "waits"), [(2, False), (7, False), (8, True)])
+async def test_the_window_is_for_a_crowd(doubler: Doubler, callers: int, waits: bool) -> None:
+    batcher = MicroBatcher(doubler, max_items=50, window_s=3600.0)
+    await asyncio.gather(*(batcher.submit([n]) for n in range(callers)))
+    assert doubler.batches == [list(range(callers))]
+    lone = asyncio.create_task(batcher.submit([100_000]))
+    done, _ = await asyncio.wait({lone}, timeout=0.2 if waits else 60)
+    assert bool(done) != waits
+    lone.cancel()
+
+
 async def test_errors_come_in_place_where_they_are_asked_for(doubler: Doubler) -> None:
     batcher = MicroBatcher(doubler, max_items=8, window_s=0.001)
     first, failed, last = await batcher.gather([1, 100, 3])

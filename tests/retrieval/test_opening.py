@@ -16,7 +16,7 @@ from verl.retrieval.build import build_index
 from verl.retrieval.build_options import BuildOptions
 from verl.retrieval.corpus import Corpus
 from verl.retrieval.encoder_spec import EncoderConfig
-from verl.retrieval.opening import EngineOptions, open_engine
+from verl.retrieval.opening import EngineOptions, _retriever_of, open_engine
 from verl.retrieval.server_config import CacheConfig, ServerConfig
 from verl.retrieval.server_flags import configs, parser
 from verl.retrieval.wire import RequestLimits
@@ -140,13 +140,15 @@ BM25 = {"retriever_name": "bm25", "corpus_path": PATH, "index_path": (PATH,)}
         ({"retriever_name": "serper", "threads": 0}, "threads=0"),
         ({"retriever_name": "serper", "on_error": "ignore"}, "on_error='ignore'; expected one of raise, skip"),
         ({"retriever_name": "serper", "web_cache_mode": "x"}, "web_cache_mode='x'; expected one of"),
-        ({**BM25, "query_syntax": "boolean"}, "query_syntax='boolean' concerns a lucene index, and none is opened"),
+        ({**BM25, "query_syntax": "boolean"}, "query_syntax='boolean' concerns a Lucene index, and none is opened"),
         ({**BM25, "lucene_k1": 1.0}, "leave --lucene_k1 out"),
         ({**BM25, "nprobe": 64}, "nprobe=64 concerns a dense index"),
         ({**BM25, "faiss_gpu": True}, "faiss_gpu=True concerns a dense index"),
         ({**BM25, "device": "cpu"}, "device='cpu' concerns a dense index"),
-        ({**BM25, "retriever_name": "e5", "on_syntax_error": "error"}, "concerns a lucene index"),
+        ({**BM25, "retriever_name": "e5", "on_syntax_error": "error"}, "concerns a Lucene index"),
         ({"retriever_name": "serper", "retriever_model": "x"}, "concerns a dense index"),
+        ({**BM25, "web_cache": PATH}, "concerns a web service"),
+        ({"retriever_name": "serper", "web_cache_mode": ""}, "web_cache_mode=''; expected one of"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(wrong: dict[str, Any], reason: str) -> None:
@@ -155,8 +157,15 @@ def test_options_that_do_not_go_together_are_refused(wrong: dict[str, Any], reas
 
 
 def test_options_must_concern_an_index_of_a_hybrid(indexes: Path) -> None:
-    with pytest.raises(ConfigError, match=r"query_syntax='boolean' concerns a lucene index.*\(bm25, e5\)"):
+    with pytest.raises(ConfigError, match=r"query_syntax='boolean' concerns a Lucene index.*\(bm25, e5\)"):
         open_engine(options(indexes, "hybrid", "bm25", "e5", query_syntax="boolean"))
+
+
+def test_a_published_lucene_index_is_known_by_its_files(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"index\.json"):
+        _retriever_of(tmp_path)
+    (tmp_path / "segments_2").touch()
+    assert _retriever_of(tmp_path) == "lucene"
 
 
 def test_a_device_may_be_the_rerankers() -> None:

@@ -12,6 +12,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _CROWD = 8
+"""So many callers at the end of a batch are worth waiting for."""
 
 Run = Callable[[list[T]], Coroutine[Any, Any, Sequence[R | Exception]]]
 

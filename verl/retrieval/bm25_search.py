@@ -67,7 +67,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_compiled
-def _floor(totals, met, topk):  # type: ignore[no-untyped-def]  # numba infers the types, here and below
+def _floor(totals, met, topk):  # numba infers the types, here and below
     """Return the `topk`-th best score; 0 where there are fewer. The best so far are a heap, the worst of them first."""
     if len(met) < topk:
         return np.float32(0)
@@ -92,7 +92,7 @@ def _floor(totals, met, topk):  # type: ignore[no-untyped-def]  # numba infers t
 
 
 @_compiled
-def _at_least(totals, met, floor):  # type: ignore[no-untyped-def]
+def _at_least(totals, met, floor):
     """Return the documents among `met` whose score is `floor` or more."""
     kept = 0
     for row in met:
@@ -107,7 +107,7 @@ def _at_least(totals, met, floor):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _add(lists, term, totals, met, count):  # type: ignore[no-untyped-def]
+def _add(lists, term, totals, met, count):
     """Add a term's list to the totals; return how many documents were met by now."""
     starts, rows, scores = lists
     for at in range(starts[term], starts[term + 1]):
@@ -120,7 +120,7 @@ def _add(lists, term, totals, met, count):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _entry(lists, term, row):  # type: ignore[no-untyped-def]
+def _entry(lists, term, row):
     """Return what a term adds to a document, 0 where the document does not hold it."""
     starts, rows, scores = lists
     low, high = starts[term], starts[term + 1]
@@ -134,7 +134,7 @@ def _entry(lists, term, row):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _shortest_first(starts, terms):  # type: ignore[no-untyped-def]
+def _shortest_first(starts, terms):
     ordered = terms.copy()
     for number in range(1, len(ordered)):
         term, at = ordered[number], number
@@ -147,7 +147,7 @@ def _shortest_first(starts, terms):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _most_left(lists, highest, terms):  # type: ignore[no-untyped-def]
+def _most_left(lists, highest, terms):
     """Return what each term and those after it can add to a score at most, (terms + 1,) float64."""
     starts, _, scores = lists
     left = np.zeros(len(terms) + 1)
@@ -163,7 +163,7 @@ def _most_left(lists, highest, terms):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _likely(lists, highest, terms, topk, totals, met):  # type: ignore[no-untyped-def]
+def _likely(lists, highest, terms, topk, totals, met):
     """Return the documents that may be among the `topk` best, each once, and how many were met on the way."""
     starts, count, slack = lists[0], 0, 1 - _ROUNDING * (len(terms) + 1)
     terms = _shortest_first(starts, terms)
@@ -186,7 +186,7 @@ def _likely(lists, highest, terms, topk, totals, met):  # type: ignore[no-untype
 
 
 @_compiled
-def _narrowed(lists, terms, left, topk, slack, totals, found):  # type: ignore[no-untyped-def]
+def _narrowed(lists, terms, left, topk, slack, totals, found):
     """Return those of `found` that may be among the best once `terms` are added up too, looked up for them alone."""
     for number, term in enumerate(terms):
         for row in found:
@@ -196,7 +196,7 @@ def _narrowed(lists, terms, left, topk, slack, totals, found):  # type: ignore[n
 
 
 @_compiled
-def _best(lists, highest, terms, topk, totals, met):  # type: ignore[no-untyped-def]
+def _best(lists, highest, terms, topk, totals, met):
     starts, entries, count = lists[0], 0, 0
     for term in terms:
         entries += starts[term + 1] - starts[term]

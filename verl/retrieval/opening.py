@@ -38,7 +38,12 @@ _OF_DENSE = (
     "ef_search",
     "faiss_gpu",
 )
-_OF_LUCENE = ("query_syntax", "on_syntax_error", "lucene_k1", "lucene_b")
+_CONCERNS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("a dense index", tuple(ENCODERS), _OF_DENSE),
+    ("a Lucene index", ("lucene",), ("query_syntax", "on_syntax_error", "lucene_k1", "lucene_b")),
+    ("a web service", REMOTE, ("web_cache", "web_cache_mode", "web_pages", "web_base_url")),
+)
+"""Options that only some retrievers have: what these are, their names, the options."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +125,10 @@ class EngineOptions:
             raise ConfigError(f"retriever_name=hybrid came with {count} --index_path; expected at least two")
         if name in RETRIEVERS and count != 1:
             raise ConfigError(f"retriever_name={name} came with {count} --index_path; expected one")
-        given = {"on_error": OnError, "web_cache_mode": self.web_cache_mode and ReplayMode, "rerank_kind": RerankKind}
-        for option, known in given.items():
-            if known is not None and getattr(self, option) not in get_args(known):
-                choices = ", ".join(get_args(known))
-                raise ConfigError(f"{option}={getattr(self, option)!r}; expected one of {choices}")
+        for option, known in (("on_error", OnError), ("web_cache_mode", ReplayMode), ("rerank_kind", RerankKind)):
+            value = getattr(self, option)
+            if value not in get_args(known) and not (option == "web_cache_mode" and value is None):
+                raise ConfigError(f"{option}={value!r}; expected one of {', '.join(get_args(known))}")
         if name != HYBRID:
             self.check_concerns((name,))
 
@@ -134,15 +138,16 @@ class EngineOptions:
         Raises:
             ConfigError: names the option.
         """
-        there = (("dense", not set(names).isdisjoint(ENCODERS)), ("lucene", "lucene" in names))
-        for kind, has in there:
-            options = () if has else _OF_DENSE if kind == "dense" else _OF_LUCENE
+        usual = {item.name: item.default for item in fields(self)}
+        for kind, retrievers, options in _CONCERNS:
+            if not set(names).isdisjoint(retrievers):
+                continue
             for option in options:
-                value, usual = getattr(self, option), next(item.default for item in fields(self) if item.name == option)
-                if value != usual and not (option == "device" and self.rerank_model):
+                value = getattr(self, option)
+                if value != usual[option] and not (option == "device" and self.rerank_model):
                     raise ConfigError(
-                        f"{option}={value!r} concerns a {kind} index, and none is opened ({', '.join(names)}); leave "
-                        f"--{option} out, or pass such an index"
+                        f"{option}={value!r} concerns {kind}, and none is opened ({', '.join(names)}); leave "
+                        f"--{option} out, or pass such a retriever"
                     )
 
     @property

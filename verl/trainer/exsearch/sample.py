@@ -128,7 +128,7 @@ def _count(questions: Sequence[Question], journal: Journal, samples: int) -> Cou
     held = 0
     for _, records in _held(questions, journal):
         held += 1
-        counts["failed"] += sum(record["stop"] == Stop.FAILED.value for record in records)
+        counts["failed"] += sum(record.get("stop") == Stop.FAILED.value for record in records)
     counts["all_failed"] = len(questions) - held
     counts["failed"] += counts["all_failed"] * samples
     return counts
