@@ -1,4 +1,4 @@
-"""The service's command line."""
+"""The service's command line; `add_engine_flags` are also those of `verl.retrieval.evaluate`."""
 
 from __future__ import annotations
 
@@ -57,17 +57,32 @@ _STAGES = {
 def parser() -> argparse.ArgumentParser:
     """Return the parser; its help names every flag with its default."""
     parser = argparse.ArgumentParser(prog="python -m verl.retrieval.server", description="Serve a retrieval index.")
-    _add_engine(parser.add_argument_group("engine").add_argument)
-    _add_dense(parser.add_argument_group("dense index").add_argument)
-    stages = parser.add_argument_group("lucene, fusion, rerank, web").add_argument
-    _add_numbers(stages, EngineOptions, _STAGES)
-    _add_stages(stages)
+    add_engine_flags(parser)
     service = parser.add_argument_group("service").add_argument
     _add_numbers(service, ServerConfig, _SERVICE)
     _add_cache(service)
     _add_numbers(parser.add_argument_group("limits of one worker").add_argument, ServerConfig, _LIMITS)
     _add_numbers(parser.add_argument_group("limits of one request").add_argument, RequestLimits, _REQUEST)
     return parser
+
+
+def add_engine_flags(parser: argparse.ArgumentParser, name_required: bool = True) -> None:
+    """Add the flags that say which engine is opened; `engine_options` reads them."""
+    _add_engine(parser.add_argument_group("engine").add_argument, name_required)
+    _add_dense(parser.add_argument_group("dense index").add_argument)
+    stages = parser.add_argument_group("lucene, fusion, rerank, web").add_argument
+    _add_numbers(stages, EngineOptions, _STAGES)
+    _add_stages(stages)
+
+
+def engine_options(args: argparse.Namespace) -> EngineOptions:
+    """Return what the flags of `add_engine_flags` say.
+
+    Raises:
+        ConfigError: they do not go together.
+    """
+    lists = {"index_path": tuple(args.index_path), "encoder_spec": tuple(args.encoder_spec)}
+    return EngineOptions(**{**_given(EngineOptions, args), **lists})
 
 
 def configs(args: argparse.Namespace) -> tuple[ServerConfig, EngineOptions]:
@@ -79,12 +94,11 @@ def configs(args: argparse.Namespace) -> tuple[ServerConfig, EngineOptions]:
     cache = CacheConfig(args.cache_mb, args.cache_file, args.cache_disk_mb)
     limits = RequestLimits(**_given(RequestLimits, args))
     server = ServerConfig(**_given(ServerConfig, args), limits=limits, cache=cache)
-    lists = {"index_path": tuple(args.index_path), "encoder_spec": tuple(args.encoder_spec)}
-    return server, EngineOptions(**{**_given(EngineOptions, args), **lists})
+    return server, engine_options(args)
 
 
-def _add_engine(add: Add) -> None:
-    add("--retriever_name", required=True, help=f"one of {', '.join(NAMES)}")
+def _add_engine(add: Add, name_required: bool) -> None:
+    add("--retriever_name", required=name_required, help=f"one of {', '.join(NAMES)}")
     add(
         "--index_path",
         type=Path,
