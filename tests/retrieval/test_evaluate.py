@@ -14,13 +14,17 @@ import Stemmer
 
 from data_preprocess.scifact import convert
 from tests.retrieval.support import PASSAGES, write_jsonl
+from tests.retrieval.test_rerank import write_cross_encoder
 from verl.errors import ConfigError, RetrieverError
 from verl.retrieval.build import build_index
+from verl.retrieval.build_options import BuildOptions
 from verl.retrieval.collection import Collection, open_beir
 from verl.retrieval.corpus import Corpus
+from verl.retrieval.encoder_spec import EncoderConfig
 from verl.retrieval.engine import open_index
 from verl.retrieval.evaluate import EvaluationConfig, System, main, measures_of, search_collection
 from verl.retrieval.measures import MEASURES
+from verl.retrieval.rerank import CrossEncoderReranker
 from verl.retrieval.trec import read_run
 from verl.types import SearchResult
 
@@ -86,6 +90,57 @@ def test_a_document_with_the_id_of_the_query_can_be_left_out(beir: Path, tmp_pat
     assert evaluate(*finished)["per_query"]["d2"]["map"] == 0.0
 
 
+@pytest.fixture(scope="module")
+def dense(beir: Path, tiny_bert: Path) -> Path:
+    """A dense index of the same corpus; its encoder has random weights."""
+    build_index(Corpus.open(beir), "e5", beir / "dense", BuildOptions(str(tiny_bert), EncoderConfig("cpu")))
+    return beir / "dense"
+
+
+def test_a_dense_index_is_searched_as_the_flags_of_its_encoder_say(beir: Path, dense: Path, tmp_path: Path) -> None:
+    by_dense = ["--collection", beir, "--index_path", dense, "--retriever_name", "e5", "--device", "cpu"]
+    plain = evaluate(*by_dense, "--output", tmp_path / "a")
+    half = evaluate(*by_dense, "--dtype", "bfloat16", "--batch_tokens", 64, "--output", tmp_path / "b")
+    assert [report["system"]["details"]["precision"] for report in (plain, half)] == ["float32", "bfloat16"]
+    assert plain["metrics"]["recall@100"]["mean"] == half["metrics"]["recall@100"]["mean"] == 1.0
+
+
+def test_indexes_are_measured_fused(beir: Path, dense: Path, tmp_path: Path) -> None:
+    flags = ["--retriever_name", "hybrid", "--device", "cpu", "--rrf_k", 10]
+    report = evaluate("--collection", beir, "--index_path", beir / "index", dense, *flags, "--output", tmp_path / "out")
+    details = report["system"]["details"]
+    assert (report["system"]["name"], details["engines"], details["rrf_k"]) == ("hybrid", "bm25 + e5", 10)
+
+    corpus, queries = Corpus.open(beir), list(QUERIES.values())
+    parts = (open_index(beir / "index", corpus, "bm25"), open_index(dense, corpus, "e5", None))
+    fused: list[dict[str, float]] = [{} for _ in queries]
+    for engine in parts:
+        for scores, result in zip(fused, engine.search(queries, 8), strict=True):
+            for rank, document in enumerate(result.documents, start=1):
+                scores[document.id] = scores.get(document.id, 0.0) + 1 / (10 + rank)
+    run = read_run(tmp_path / "out" / "run.trec")
+    for query, scores in zip(QUERIES, fused, strict=True):
+        assert run[query] == pytest.approx(scores)
+        best = sorted(scores, key=lambda document: (-round(scores[document], 12), document))
+        assert list(run[query]) == best
+
+
+def test_a_reranked_index_is_measured_as_far_as_the_stage_reaches(beir: Path, tmp_path: Path) -> None:
+    model = write_cross_encoder(tmp_path / "cross-encoder")
+    stage = ["--rerank_model", model, "--rerank_depth", 5, "--device", "cpu"]
+    report = evaluate(*by_index(beir), *stage, "--output", tmp_path / "out")
+    assert report["system"]["name"] == "bm25+rerank"
+    assert list(report["metrics"]) == ["recall@5", "map"]  # five of eight documents: recall@10 is another measure
+    reranker = CrossEncoderReranker(str(model), device="cpu")
+    documents = {document.id: document for document in Corpus.open(beir).documents()}
+    run = read_run(tmp_path / "out" / "run.trec")
+    assert set(run) == {"q1", "q2", "d2"}  # no word of q3 occurs
+    for query, scores in run.items():
+        expected = reranker.score([(QUERIES[query], documents[id]) for id in scores])
+        assert list(scores.values()) == pytest.approx(expected, abs=1e-5)
+        assert sorted(scores.values(), reverse=True) == list(scores.values())
+
+
 @pytest.fixture
 def service(beir: Path) -> Iterator[str]:
     engine = open_index(beir / "index", Corpus.open(beir), "bm25")
@@ -136,6 +191,9 @@ def test_a_service_earns_what_its_index_earns(beir: Path, service: str, tmp_path
         (["--url", "http://h", "--qrels", "y"], "--qrels without --queries"),
         (["--run", "r", "--collection", "nowhere"], "nowhere: no qrels/test.tsv"),
         (["--run", "r", "--qrels", "nowhere"], "nowhere cannot be read"),
+        (["--run", "r", "--collection", "x", "--nprobe", "4"], "--nprobe concerns an index that is opened here"),
+        (["--url", "http://h", "--collection", "x", "--rerank_model", "m"], "--rerank_model concerns an index"),
+        (["--url", "http://h", "--collection", "x", "--encoder_spec", "pooling=cls"], "--encoder_spec concerns"),
     ],
 )
 def test_wrong_arguments_say_so(
@@ -150,6 +208,24 @@ def test_an_index_needs_the_name_of_its_retriever(beir: Path, capsys: pytest.Cap
     with pytest.raises(SystemExit):
         main(["--collection", str(beir), "--index_path", str(beir / "index"), "--output", str(beir / "out")])
     assert "--index_path needs --retriever_name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["bm25", "--query_syntax", "boolean"], "query_syntax='boolean' concerns a Lucene index"),
+        (["bm25", "--nprobe", "8"], "nprobe=8 concerns a dense index"),
+        (["hybrid"], "retriever_name=hybrid came with 1 --index_path; expected at least two"),
+        (["serper"], "retriever_name=serper has no --index_path; serve it, and pass --url"),
+    ],
+)
+def test_flags_that_do_not_fit_the_index_say_so(
+    beir: Path, tmp_path: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--collection", str(beir), "--index_path", str(beir / "index"), "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as caught:
+        main([*where, "--retriever_name", *flags])
+    assert caught.value.code == 1 and f"error: {message}" in capsys.readouterr().err
 
 
 def test_an_output_that_cannot_be_written_says_so(beir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,6 +284,12 @@ def test_measures_that_look_deeper_than_the_search_are_left_out() -> None:
         "mrr@10",
         "map",
     )
+
+
+def test_a_list_that_is_cut_before_the_corpus_ends_has_no_deeper_measures() -> None:
+    fused = System("fake", None, 20, {}, whole=False)  # type: ignore[arg-type]
+    assert "recall@20" in measures_of(fused, EvaluationConfig(topk=100))
+    assert "recall@100" not in measures_of(fused, EvaluationConfig(topk=100))
 
 
 def test_counts_below_one_are_refused() -> None:

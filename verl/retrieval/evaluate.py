@@ -2,9 +2,12 @@
 
     python -m verl.retrieval.evaluate --collection scifact --index_path indexes/bm25 --retriever_name bm25 \\
         --output outputs/scifact-bm25
+    python -m verl.retrieval.evaluate --collection scifact --retriever_name hybrid --index_path indexes/bm25 \\
+        indexes/minilm --rerank_model cross-encoder/ms-marco-MiniLM-L-6-v2 --output outputs/scifact-rerank
     python -m verl.retrieval.evaluate --collection scifact --url http://127.0.0.1:4000/retrieve --output outputs/remote
     python -m verl.retrieval.evaluate --qrels qrels.txt --run other.trec --output outputs/other
 
+An index is opened by the flags of the service (`verl.retrieval.server`), so what is measured is what would be served.
 The output folder receives the run (`run.trec`) and `metrics.json` with means, intervals and the values per query. A run
 holds the order in which the documents were returned: where scores are equal, they are lowered by the least there is.
 """
@@ -18,7 +21,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,6 +31,8 @@ from tqdm import tqdm
 from verl.errors import ConfigError, DataError, RetrieverError, SearchAgentError
 from verl.retrieval.collection import Collection, open_beir, open_files
 from verl.retrieval.measures import MEASURES, Bootstrap, Scores, score_run
+from verl.retrieval.opening import REMOTE, open_engine
+from verl.retrieval.server_flags import add_engine_flags, engine_options
 from verl.retrieval.trec import Run, ranking, read_run, write_run
 from verl.types import SearchResult
 
@@ -67,12 +73,14 @@ class System:
         search: called with queries and `topk`; its results are best first.
         max_topk: the most that can be asked for, None where that is unknown.
         details: for the report.
+        whole: whether `max_topk` documents are all there are; a fused or reranked list is cut before.
     """
 
     name: str
     search: Search
     max_topk: int | None
     details: Mapping[str, object]
+    whole: bool = True
 
 
 def search_collection(system: System, collection: Collection, config: EvaluationConfig) -> dict[str, dict[str, float]]:
@@ -103,7 +111,7 @@ def search_collection(system: System, collection: Collection, config: Evaluation
 def measures_of(system: System, config: EvaluationConfig) -> tuple[str, ...]:
     """Name the measures that the searched depth allows: recall@100 of 20 documents would be another measure."""
     depth = _depth(system, config)
-    whole = system.max_topk is not None and depth >= system.max_topk
+    whole = system.whole and system.max_topk is not None and depth >= system.max_topk
     return tuple(name for name, measure in MEASURES.items() if whole or (measure.cutoff or 0) <= depth)
 
 
@@ -173,6 +181,8 @@ def _evaluate(args: argparse.Namespace) -> str:
     if len(chosen) != 1:
         given = ", ".join(f"--{flag}" for flag in chosen) or "none"
         raise ConfigError(f"{given} given; expected one of --index_path, --url and --run")
+    if not args.index_path:
+        _refuse_engine_flags(args)
     collection = _collection(args)
     bootstrap = Bootstrap(seed=args.seed)
     facts: dict[str, object] = {"collection": collection.name}
@@ -185,10 +195,10 @@ def _evaluate(args: argparse.Namespace) -> str:
         tag = Path(args.run).stem.replace(" ", "_")
     else:
         config = EvaluationConfig(args.topk, args.drop_self)
-        system = _service(args.url) if args.url else _index(args)
-        start = time.perf_counter()
-        run = search_collection(system, collection, config)
-        seconds = time.perf_counter() - start
+        with _service(args.url) if args.url else _index(args) as system:
+            start = time.perf_counter()
+            run = search_collection(system, collection, config)
+            seconds = time.perf_counter() - start
         scores = score_run(run, collection.qrels, measures_of(system, config), bootstrap)
         facts |= {
             "system": dict(system.details),
@@ -203,6 +213,15 @@ def _evaluate(args: argparse.Namespace) -> str:
     return table(scores)
 
 
+def _refuse_engine_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that would have no effect: only what is opened here is searched as they say."""
+    flags = argparse.ArgumentParser()
+    add_engine_flags(flags, name_required=False)
+    for name, usual in vars(flags.parse_args([])).items():
+        if getattr(args, name) != usual:
+            raise ConfigError(f"--{name} concerns an index that is opened here; pass --index_path, or leave it out")
+
+
 def _collection(args: argparse.Namespace) -> Collection:
     if bool(args.collection) == bool(args.qrels):
         raise ConfigError("pass either --collection, or --qrels (with --queries, unless a --run is scored)")
@@ -213,24 +232,29 @@ def _collection(args: argparse.Namespace) -> Collection:
     return open_files(Path(args.queries) if args.queries else None, Path(args.qrels))
 
 
-def _index(args: argparse.Namespace) -> System:
-    # Imported here: a finished run is scored without any of it.
-    from verl.retrieval.corpus import Corpus
-    from verl.retrieval.engine import open_index
-
-    corpus_path = args.corpus_path or args.collection
-    if not args.retriever_name or not corpus_path:
+@contextmanager
+def _index(args: argparse.Namespace) -> Iterator[System]:
+    if args.retriever_name in REMOTE:
+        raise ConfigError(f"retriever_name={args.retriever_name} has no --index_path; serve it, and pass --url")
+    corpus_path = args.corpus_path or (Path(args.collection) if args.collection else None)
+    if not args.retriever_name or (corpus_path is None and args.retriever_name != "lucene"):
         raise ConfigError("--index_path needs --retriever_name, and --corpus_path unless --collection holds the corpus")
-    corpus = Corpus.open(corpus_path, args.corpus_cache, args.on_error)
-    engine = open_index(args.index_path, corpus, args.retriever_name, args.retriever_model, args.threads)
-    return System(engine.info.name, engine.search, engine.info.max_topk, asdict(engine.info))
+    options = engine_options(argparse.Namespace(**{**vars(args), "corpus_path": corpus_path}))
+    engine = open_engine(options).engine
+    try:
+        info = engine.info
+        yield System(info.name, engine.search, info.max_topk, asdict(info), info.max_topk == info.documents)
+    finally:
+        engine.close()
 
 
-def _service(url: str) -> System:
+@contextmanager
+def _service(url: str) -> Iterator[System]:
+    # Imported here: nothing else needs an HTTP client.
     from verl.retrieval.client import RetrieverClientConfig, search_sync
 
     config = RetrieverClientConfig(url=url)
-    return System("service", lambda queries, topk: search_sync(config, queries, topk), None, {"url": url})
+    yield System("service", lambda queries, topk: search_sync(config, queries, topk), None, {"url": url})
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -241,17 +265,10 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--split", help="file in the folder's qrels (default: test, or the only one)")
     what.add_argument("--qrels", help="judgements in TREC's or BEIR's format, in place of --collection")
     what.add_argument("--queries", help="jsonl (_id, text) or tsv (id, text), with --qrels")
-    how = parser.add_argument_group("what to measure, one of")
-    how.add_argument("--index_path", help="an index of verl.retrieval.build, searched in this process")
+    how = parser.add_argument_group("what to measure: --index_path (below), or one of")
     how.add_argument("--url", help="a running service, for example http://127.0.0.1:3000/retrieve")
     how.add_argument("--run", help="a finished run in TREC's format")
-    index = parser.add_argument_group("with --index_path")
-    index.add_argument("--retriever_name", help="what the index was built for")
-    index.add_argument("--corpus_path", help="the corpus of the index (default: --collection)")
-    index.add_argument("--corpus_cache", help="folder of the converted corpus (default: CORPUS_PATH.cache)")
-    index.add_argument("--on_error", "--on-error", default="raise", help="bad corpus lines: raise or skip")
-    index.add_argument("--retriever_model", help="encoder: local folder or Hugging Face name")
-    index.add_argument("--threads", type=int, help="CPU threads of a search")
+    add_engine_flags(parser, name_required=False)
     parser.add_argument("--output", required=True, help=f"folder for {RUN_NAME} and {METRICS_NAME}")
     parser.add_argument(
         "--topk", type=int, default=config.topk, help=f"documents searched per query (default: {config.topk})"
