@@ -5,8 +5,10 @@ from __future__ import annotations
 import http.client
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,6 +20,10 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from tests.retrieval.support import FakeEngine, live, open_corpus
 from verl.retrieval.app import create_app
+from verl.retrieval.build import build_index
+from verl.retrieval.build_options import BuildOptions
+from verl.retrieval.encoder_spec import EncoderConfig
+from verl.retrieval.engine import open_index
 from verl.retrieval.rerank import Pair
 from verl.retrieval.server_config import CacheConfig, ServerConfig
 from verl.retrieval.wire import RequestLimits
@@ -27,6 +33,9 @@ CONFIG = ServerConfig(
     topk=2, limits=LIMITS, header_timeout_s=1.0, body_timeout_s=1.0, write_timeout_s=1.0, cache=CacheConfig(memory_mb=0)
 )
 GOOD = json.dumps({"queries": ["good"], "topk": 1}).encode()
+PATHS = {"/retrieve", "/api/search", "/health", "/ready", "/info", "/metrics"}
+TOKEN = "s3cret"
+BEARER = {"Authorization": f"Bearer {TOKEN}"}
 
 
 class LongestFirst:
@@ -45,38 +54,89 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         yield number
 
 
-def fuzz(port: int, examples: int) -> None:
-    """Call every operation of the service's own schema with data that fits it and with data that does not."""
-    schema = schemathesis.openapi.from_url(f"http://127.0.0.1:{port}/openapi.json")
+@pytest.fixture(scope="module", params=["bm25", "e5"])
+def secured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Iterator[int]:
+    """The port of a service over a real index that asks for a token."""
+    folder, cpu = tmp_path_factory.mktemp("secured"), EncoderConfig(device="cpu")
+    corpus, is_dense = open_corpus(folder), request.param == "e5"
+    options = BuildOptions(model=str(tiny_bert), encoder=cpu) if is_dense else None
+    build_index(corpus, request.param, folder / "index", options)
+    engine = open_index(folder / "index", corpus, request.param, threads=1, encoder=cpu if is_dense else None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FUZZED_TOKEN", TOKEN)
+        app = create_app(engine, replace(CONFIG, token_env="FUZZED_TOKEN"))
+    with live(app, CONFIG) as number:
+        yield number
+
+
+def for_every_case(
+    port: int, examples: int, paths: set[str], check: Callable[[schemathesis.Case], None], headers: dict[str, str]
+) -> None:
+    """Check every operation of the service's own schema with data that fits it and with data that does not."""
+    schema = schemathesis.openapi.from_url(f"http://127.0.0.1:{port}/openapi.json", headers=headers)
     operations = [result.ok() for result in schema.get_all_operations()]
-    paths = {"/retrieve", "/rerank", "/api/search", "/health", "/ready", "/info", "/metrics"}
     assert {operation.path for operation in operations} == paths
     for operation in operations:
         modes = list(GenerationMode) if operation.method == "post" else [GenerationMode.POSITIVE]
         for mode in modes:
-
-            @settings(
-                max_examples=examples if operation.method == "post" else 20,
+            cases = operation.as_strategy(generation_mode=mode)
+            settings(
+                max_examples=examples if operation.method == "post" else min(examples, 20),
                 deadline=None,
                 suppress_health_check=list(HealthCheck),
                 database=None,
-            )
-            @given(case=operation.as_strategy(generation_mode=mode))
-            def check(case: schemathesis.Case) -> None:
-                # That a request has documents for each of its queries, its schema cannot say.
-                case.call_and_validate(excluded_checks=[positive_data_acceptance] * (case.path == "/rerank"))
+            )(given(case=cases)(check))()
 
-            check()
+
+def fuzz(port: int, examples: int, paths: set[str], headers: dict[str, str] | None = None) -> None:
+    """Expect of every answer what the schema says; a 5xx is never right."""
+
+    def check(case: schemathesis.Case) -> None:
+        # That a request has documents for each of its queries, its schema cannot say.
+        excluded = [positive_data_acceptance] * (case.path == "/rerank")
+        case.call_and_validate(headers=headers, excluded_checks=excluded)
+
+    for_every_case(port, examples, paths, check, headers or {})
 
 
 def test_the_service_keeps_to_its_schema(port: int) -> None:
-    fuzz(port, examples=40)
+    fuzz(port, 40, PATHS | {"/rerank"})
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_service_keeps_to_its_schema_at_length(port: int) -> None:
-    fuzz(port, examples=1500)
+    fuzz(port, 1500, PATHS | {"/rerank"})
+
+
+def test_a_real_engine_behind_a_token_keeps_to_its_schema(secured: int) -> None:
+    fuzz(secured, 20, PATHS, BEARER)
+    good = {"queries": ["river in France"], "topk": 2}
+    answer = httpx.post(f"http://127.0.0.1:{secured}/retrieve", json=good, headers=BEARER)
+    assert len(answer.json()["result"][0]) == 2
+
+
+def test_nothing_but_the_probes_answers_without_the_token(secured: int) -> None:
+    before = searched(secured)
+
+    def check(case: schemathesis.Case) -> None:
+        answer = case.call()
+        if case.path in ("/health", "/ready"):
+            assert answer.status_code == 200
+        else:
+            assert answer.status_code == 401 and answer.json()["error"]["code"] == "unauthorised"
+
+    for_every_case(secured, 10, PATHS, check, BEARER)
+    assert searched(secured) == before
+    assert httpx.post(f"http://127.0.0.1:{secured}/retrieve", content=GOOD, headers=BEARER).status_code == 200
+    assert searched(secured) == before + 1
+
+
+def searched(port: int) -> float:
+    """Return how many queries a service has searched for."""
+    lines = httpx.get(f"http://127.0.0.1:{port}/metrics", headers=BEARER).text.splitlines()
+    (count,) = [line.split()[1] for line in lines if line.startswith("retriever_searched_queries_total")]
+    return float(count)
 
 
 def body_of(rng: random.Random) -> bytes:

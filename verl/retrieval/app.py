@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-from verl.retrieval.auth import is_authorised, token_from
+from verl.retrieval.auth import OPEN_PATHS, is_authorised, token_from
 from verl.retrieval.bodies import BodyReader, replay
 from verl.retrieval.colbert_api import PATH as COLBERT_PATH
 from verl.retrieval.colbert_api import add_colbert_route
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_OPEN_PATHS = ("/health", "/ready")
-"""Answered without the token, because what probes them often cannot send one."""
 _KNOWN_PATHS = frozenset(
     ("/retrieve", "/rerank", COLBERT_PATH, "/health", "/ready", "/info", "/metrics", "/openapi.json", "/docs")
 )
@@ -102,7 +100,7 @@ class RetrieverApp(FastAPI):
             await reranker.close()
 
     def _check_token(self, scope: Scope, path: str) -> None:
-        if not self._token or path in _OPEN_PATHS:
+        if not self._token or path in OPEN_PATHS:
             return
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         if not is_authorised(given, self._token):

@@ -7,6 +7,9 @@ import os
 
 from verl.errors import ConfigError
 
+OPEN_PATHS = ("/health", "/ready")
+"""Answered without the token, because what probes them often cannot send one."""
+
 _SCHEME = b"bearer "
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from verl.retrieval.auth import OPEN_PATHS
 from verl.retrieval.service import SearchService
 from verl.retrieval.wire import RefusedRequest
 
@@ -95,8 +96,11 @@ def with_retrieve(schema: Schema, service: SearchService, secured: bool) -> Sche
     paths = {**schema["paths"], "/retrieve": {"post": operation}}
     if not secured:
         return {**schema, "paths": paths}
-    for methods in paths.values():
+    for path, methods in paths.items():
         for method in methods.values():
-            method["responses"]["401"] = ERROR
+            if path in OPEN_PATHS:
+                method["security"] = []
+            else:
+                method["responses"]["401"] = ERROR
     components = {**schema.get("components", {}), "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}}
     return {**schema, "paths": paths, "components": components, "security": [{"token": []}]}
