@@ -16,9 +16,12 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
+from data_preprocess import medcorp
 from tests.retrieval.hub_server import FakeHub, HubFile, serve
 from verl.errors import DataError
 from verl.retrieval.assemble import join, unzip
+from verl.retrieval.corpus import Corpus
+from verl.retrieval.download import ITEMS as PUBLISHED
 from verl.retrieval.download import DownloadOptions, Item, download
 from verl.retrieval.hub import Patience, RemoteFile, fetch, list_files
 
@@ -31,7 +34,9 @@ ITEMS = {
     "index": Item("", "owner/index", "dataset", "e5_Flat.index", "join", ("part_aa", "part_ab")),
     "corpus": Item("", "owner/corpus", "dataset", "wiki.jsonl", "unzip", ("wiki.jsonl.gz",)),
     "checkpoint": Item("", "owner/model", "model", "model"),
+    "chunks": Item("", "owner/chunks", "dataset", "medcorp/textbooks"),
 }
+CHUNK = b'{"id": "Anatomy_Gray_0", "title": "Anatomy_Gray", "content": "What is anatomy?"}'
 
 
 @pytest.fixture
@@ -43,6 +48,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
             "part_aa": HubFile(PART_A),
             "part_ab": HubFile(PART_B),
         },
+        "datasets/owner/chunks": {"README.md": HubFile(b"#", lfs=False), "chunk/Anatomy_Gray.jsonl": HubFile(CHUNK)},
         "datasets/owner/corpus": {"wiki.jsonl.gz": HubFile(gzip.compress(PASSAGES))},
         "models/owner/model": {
             "config.json": HubFile(b"{}", lfs=False),
@@ -60,6 +66,19 @@ def get(hub: FakeHub, tmp_path: Path) -> Callable[..., None]:
         download(names, tmp_path, DownloadOptions(endpoint=hub.url, patience=FAST, **options), ITEMS)
 
     return run
+
+
+def test_chunks_of_a_part_of_medcorp_go_into_its_folder_and_become_a_corpus(
+    get: Callable[..., None], tmp_path: Path
+) -> None:
+    get("chunks")
+    get("chunks")
+    assert (tmp_path / "medcorp" / "textbooks" / "chunk" / "Anatomy_Gray.jsonl").read_bytes() == CHUNK
+    assert medcorp.convert([tmp_path / "medcorp"], tmp_path / "medcorp.jsonl")["chunks"] == 1
+    (document,) = Corpus.open(tmp_path / "medcorp.jsonl").documents()
+    assert (document.title, document.text) == ("Anatomy_Gray", "What is anatomy?")
+    parts = {name: item for name, item in PUBLISHED.items() if name.startswith("medcorp_")}
+    assert {item.product for item in parts.values()} == {f"medcorp/{name.partition('_')[2]}" for name in parts}
 
 
 def part(hub: FakeHub, name: str = "part_aa") -> HubFile:

@@ -68,6 +68,13 @@ ITEMS: Mapping[str, Item] = {
     ),
     "bm25": Item("Lucene index of wiki-18", "PeterJinGo/wiki-18-bm25-index", "dataset", "wiki-18-bm25-index"),
     "data": Item("prepared questions of s3", "pat-jj/s3_processed_data", "dataset", "s3_processed_data"),
+    "medcorp_textbooks": Item(
+        "MedCorp: 126 thousand chunks of medical textbooks", "MedRAG/textbooks", "dataset", "medcorp/textbooks"
+    ),
+    "medcorp_pubmed": Item("MedCorp: 23.9 million abstracts of PubMed", "MedRAG/pubmed", "dataset", "medcorp/pubmed"),
+    "medcorp_wikipedia": Item(
+        "MedCorp: 29.9 million chunks of Wikipedia", "MedRAG/wikipedia", "dataset", "medcorp/wikipedia"
+    ),
     "checkpoint": Item("searcher of s3 after 20 steps", "pat-jj/s3-8-3-3-20steps", "model", "s3-8-3-3-20steps"),
 }
 USUAL = ("index", "corpus")
@@ -285,7 +292,8 @@ class _Ledger:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Download from the command line."""
-    known = "\n".join(f"  {name:<12}{item.meaning} ({item.repo})" for name, item in ITEMS.items())
+    width = max(map(len, ITEMS)) + 2
+    known = "\n".join(f"  {name:<{width}}{item.meaning} ({item.repo})" for name, item in ITEMS.items())
     parser = argparse.ArgumentParser(
         prog="python scripts/download.py",
         description=f"Download what is published.\n\n{known}\n\nHF_ENDPOINT names another hub; a killed run goes on.",
