@@ -1,38 +1,45 @@
-"""Exact inner-product search over plain vectors, mapped or in memory, block by block."""
+"""Exact inner-product search over plain vectors, mapped or in memory, in compiled code.
+
+All queries of a batch share one pass over the vectors, a few rows at a time, which stay in the cache while one group of
+queries after the other is multiplied with them; the best rows of each query so far are a heap. So a handful of queries
+costs what reading the vectors costs, where FAISS reads them once per query or calls a matrix product that is made for
+large batches. Measured on one core (AMD EPYC, AVX2) over 100,000 vectors of 384 numbers in a mapped file, milliseconds:
+
+    queries                        1     2     4     8    16    32   256
+    FAISS, or products of blocks  14    36    40    42    61    90   588
+    this                          15    15    15    24    41    65   496
+"""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import faiss
 import numpy as np
-import torch
 
-_BATCH = 2
-"""Queries from which on one matrix product per block beats scanning the vectors once per query."""
-_BLOCK_ROWS = 16_384
-_COPIED_ROWS = 1024
-_SCORES_BYTES = 64 << 20
+from verl.retrieval.compiled import compiled
+
+_GROUP = 4
+"""Queries that are multiplied with a row at once: as many sums as the registers hold."""
+_TILE_ROWS = 64
+_CONVERTED_ROWS = 1024
+_summing = partial(compiled, fastmath={"reassoc", "contract"})
+"""Lets the compiler add up in another order, several numbers at once."""
 
 
 class ExactSearch:
-    """Finds the best rows of a matrix for queries; scores are those of float32 kernels, good to rounding.
-
-    A single query is scanned by FAISS, every thread over its own part of the rows. Several are a matrix product, for
-    which the vectors are copied to aligned memory, a cacheful at a time: the numbers of a mapped FAISS file begin at an
-    odd address, where MKL multiplies up to four times as slowly (measured with AVX2, 2 to 8 queries).
+    """Finds the best rows of a matrix for queries; scores are sums of float32 products, good to rounding.
 
     Args:
-        vectors: (N, D) float32 or float16, C-contiguous.
-        threads: CPU threads; what FAISS may use when None.
+        vectors: (N, D) float32 or float16, C-contiguous; at any address, as in a mapped file.
+        threads: CPU threads, each with its own part of the rows; what FAISS may use when None.
     """
 
     def __init__(self, vectors: np.ndarray, threads: int | None = None) -> None:
         self._vectors = vectors
         self._threads = threads or faiss.omp_get_max_threads()
-        self._pool = ThreadPoolExecutor(self._threads, "scan", lambda: faiss.omp_set_num_threads(1))
+        self._pool = ThreadPoolExecutor(self._threads, "scan")
 
     def search(self, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the `count` best rows of every query, best first.
@@ -42,61 +49,109 @@ class ExactSearch:
             count: 1 to N.
 
         Returns:
-            rows (Q, count) int64 and their scores (Q, count) float32
+            rows (Q, count) int64 and their scores (Q, count) float32; a row that is no number is none, and -1 with a
+            score of minus infinity stands for what is missing.
         """
-        parts = self._scans(queries, count) if len(queries) < _BATCH else self._products(queries, count)
-        best: tuple[torch.Tensor, torch.Tensor] | None = None
-        for rows, scores in parts:
-            if best is not None:
-                rows, scores = torch.cat([best[0], rows], dim=1), torch.cat([best[1], scores], dim=1)
-            scores, order = torch.topk(scores, min(count, scores.shape[1]), dim=1)
-            best = rows.gather(1, order), scores
-        if best is None:
+        if not len(self._vectors):
             raise ValueError("no vectors to search")
-        return best[0].numpy(), best[1].numpy()
+        asked = np.zeros((-(-len(queries) // _GROUP) * _GROUP, queries.shape[1]), np.float32)
+        asked[: len(queries)] = queries
+        edges = np.linspace(0, len(self._vectors), min(self._threads, len(self._vectors)) + 1).astype(int).tolist()
+        parts = list(self._pool.map(lambda *part: self._scan(asked, len(queries), count, *part), edges[:-1], edges[1:]))
+        rows, scores = (np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :count]
+        return np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)
 
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown()
 
-    def _scans(self, queries: np.ndarray, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        def scan(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-            part = np.ascontiguousarray(self._vectors[start:stop], dtype=np.float32)
-            scores, rows = faiss.knn(queries, part, min(count, len(part)), metric=faiss.METRIC_INNER_PRODUCT)
-            return rows + start, scores
+    def _scan(self, asked: np.ndarray, number: int, count: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the best of the rows `start` to `stop`, in no order; half precision is converted a part at a time."""
+        shape = (number, min(count, stop - start))
+        rows, scores = np.full(shape, -1, np.int64), np.full(shape, -np.inf, np.float32)
+        products = np.empty((len(asked), _TILE_ROWS), np.float32)
+        step = stop - start if self._vectors.dtype == np.float32 else _CONVERTED_ROWS
+        for at in range(start, stop, step):
+            part = np.ascontiguousarray(self._vectors[at : min(at + step, stop)], dtype=np.float32)
+            # As bytes: what lies at an odd address is another type to the compiler.
+            _search(part.view(np.uint8), at, asked, products, rows, scores)
+        return rows, scores
 
-        edges = self._edges()
-        for rows, scores in self._pool.map(scan, edges[:-1], edges[1:]):
-            yield torch.from_numpy(rows), torch.from_numpy(scores)
 
-    def _edges(self) -> list[int]:
-        """Return where the threads' parts begin and end; vectors that must be converted come in smaller parts."""
-        rows = len(self._vectors)
-        parts = min(self._threads, rows)
-        if self._vectors.dtype != np.float32:
-            parts = max(parts, -(-rows // _BLOCK_ROWS))
-        return np.linspace(0, rows, parts + 1).astype(int).tolist()
+@compiled
+def _replace_worst(rows, scores, row, score):  # numba infers the types, here and below
+    """Put a row in the place of the worst one of a heap, which is its first."""
+    at, size = 0, len(scores)
+    while True:
+        child = 2 * at + 1
+        if child >= size:
+            break
+        if child + 1 < size and scores[child + 1] < scores[child]:
+            child += 1
+        if scores[child] >= score:
+            break
+        scores[at], rows[at] = scores[child], rows[child]
+        at = child
+    scores[at], rows[at] = score, row
 
-    def _products(self, queries: np.ndarray, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        asked = torch.from_numpy(np.ascontiguousarray(queries, dtype=np.float32))
-        step = max(1, min(_BLOCK_ROWS, _SCORES_BYTES // (4 * len(queries))))
-        copied = torch.empty(min(self._threads * _COPIED_ROWS, step), queries.shape[1])
-        products = torch.empty(len(queries), step)
-        for start in range(0, len(self._vectors), step):
-            block = self._vectors[start : start + step]
-            for at in range(0, len(block), len(copied)):
-                part = self._copy(block[at : at + len(copied)], copied)
-                torch.mm(asked, part.T, out=products[:, at : at + len(part)])
-            scores, rows = torch.topk(products[:, : len(block)], min(count, len(block)), dim=1)
-            yield rows + start, scores
 
-    def _copy(self, block: np.ndarray, to: torch.Tensor) -> torch.Tensor:
-        """Copy `block` to the head of `to`, as float32, every thread a part; return that head."""
-        part = to[: len(block)]
+@_summing
+def _multiply(vectors, start, stop, queries, first, products):
+    """Write the products of four queries, from the `first` on, with the rows `start` to `stop`."""
+    one, two, three, four = queries[first], queries[first + 1], queries[first + 2], queries[first + 3]
+    for row in range(start, stop):
+        vector = vectors[row]
+        sum_one = sum_two = sum_three = sum_four = np.float32(0)
+        for at in range(len(vector)):
+            value = vector[at]
+            sum_one += value * one[at]
+            sum_two += value * two[at]
+            sum_three += value * three[at]
+            sum_four += value * four[at]
+        place = row - start
+        products[first, place], products[first + 1, place] = sum_one, sum_two
+        products[first + 2, place], products[first + 3, place] = sum_three, sum_four
 
-        def copy(start: int) -> None:
-            np.copyto(part.numpy()[start : start + _COPIED_ROWS], block[start : start + _COPIED_ROWS])
 
-        starts = range(0, len(block), _COPIED_ROWS)
-        deque(self._pool.map(copy, starts) if len(starts) > 1 else map(copy, starts), maxlen=0)
-        return part
+@_summing
+def _multiply_pairs(vectors, start, stop, queries, first, products):
+    """Do the same for two rows at a time, and their even number: faster where the rows are in the cache already."""
+    one, two, three, four = queries[first], queries[first + 1], queries[first + 2], queries[first + 3]
+    for row in range(start, stop, 2):
+        left, right = vectors[row], vectors[row + 1]
+        left_one = left_two = left_three = left_four = np.float32(0)
+        right_one = right_two = right_three = right_four = np.float32(0)
+        for at in range(len(left)):
+            value, other = left[at], right[at]
+            left_one += value * one[at]
+            left_two += value * two[at]
+            left_three += value * three[at]
+            left_four += value * four[at]
+            right_one += other * one[at]
+            right_two += other * two[at]
+            right_three += other * three[at]
+            right_four += other * four[at]
+        place = row - start
+        products[first, place], products[first + 1, place] = left_one, left_two
+        products[first + 2, place], products[first + 3, place] = left_three, left_four
+        products[first, place + 1], products[first + 1, place + 1] = right_one, right_two
+        products[first + 2, place + 1], products[first + 3, place + 1] = right_three, right_four
+
+
+@compiled
+def _search(vectors, offset, queries, products, rows, scores):
+    """Enter the rows of `vectors`, the bytes of float32, which are numbered from `offset`, into each query's heap."""
+    numbers = vectors.view(np.float32)
+    for start in range(0, len(numbers), _TILE_ROWS):
+        stop = min(start + _TILE_ROWS, len(numbers))
+        _multiply(numbers, start, stop, queries, 0, products)  # brings the rows into the cache
+        for first in range(_GROUP, len(queries), _GROUP):
+            if (stop - start) % 2:
+                _multiply(numbers, start, stop, queries, first, products)
+            else:
+                _multiply_pairs(numbers, start, stop, queries, first, products)
+        for query in range(len(rows)):
+            for place in range(stop - start):
+                if products[query, place] > scores[query, 0]:
+                    _replace_worst(rows[query], scores[query], offset + start + place, products[query, place])
