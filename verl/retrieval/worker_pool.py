@@ -68,9 +68,10 @@ class WorkerPool:
                 del os.environ[SHARED_FOLDER]
 
     def _tend(self, folder: str) -> None:
+        # In this order: whoever has ended by now has said all that it had to say, and may have been ready before.
+        codes = [worker.exit_code() for worker in self._workers]
         any_ready = any([worker.check_ready() for worker in self._workers])  # every one is to be asked
-        for worker in self._workers:
-            code = worker.exit_code()
+        for worker, code in zip(self._workers, codes, strict=True):
             if code is not None:
                 self._ended(worker, code, folder)
             if worker.may_start and (any_ready or worker is self._workers[0]):
