@@ -97,3 +97,9 @@ def test_ties_at_the_floor_are_kept(topk: int, found: list[int]) -> None:
     entries = (np.array([1, 2, 3, 4], np.int32), np.array([1.0, 0.5, 2.0, 1.0], np.float32))
     rows, _ = Postings(*index_of([entries]), 6).best([0], topk)
     assert sorted(rows.tolist()) == found
+
+
+def test_a_damaged_list_is_read_without_harm() -> None:
+    rows = np.random.default_rng(0).integers(-(2**31), 2**31, 5000).astype(np.int32)
+    postings = Postings(*index_of([(rows, np.ones(5000, np.float32))]), DOCUMENTS)
+    postings.best([0], 8)

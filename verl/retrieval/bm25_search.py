@@ -19,7 +19,7 @@ from numba import uint64
 from verl.retrieval.compiled import compiled
 
 _WINDOW = 16_384
-"""Documents of a window."""
+"""Documents of a window, a power of two."""
 _CHUNK = 64
 """Sums that are compared with the floor at once; a window is a whole number of chunks."""
 _SPARSE = 8
@@ -75,15 +75,16 @@ def _best(rows, scores, spans, topk, documents, sums):  # numba infers the types
             start, end = spans[number]
             to = _position(rows, start, min(end, start + _WINDOW), stop)
             _add(rows[start:to], scores[start:to], first, sums)
-            here[number] = start, to
+            here[number, 0], here[number, 1] = start, to
             spans[number, 0] = to
             entries += to - start
         if size + stop - first > len(found[0]):  # most of them have been overtaken meanwhile
             size = _keep(found, size, heap[0])
             found = _with_room(found, size)
         if entries * _SPARSE < stop - first:
-            for start, to in here:
-                size = _pick_entries(rows[start:to], first, sums, heap, found, size)
+            for number in range(len(here)):
+                part = rows[here[number, 0] : here[number, 1]]
+                size = _pick_entries(part, first, sums, heap, found, size)
         else:
             size = _pick_all(sums[: stop - first], first, heap, found, size)
             sums[: stop - first] = 0
@@ -105,9 +106,18 @@ def _position(rows, low, high, row):
 
 @compiled
 def _add(rows, scores, first, sums):
-    """Add entries to the sums of their documents; indexes without a sign, because a negative one is looked for."""
+    """Add entries to the sums of their documents."""
     for at in range(len(rows)):
-        sums[uint64(rows[at] - first)] += scores[at]
+        sums[_place(rows[at], first)] += scores[at]
+
+
+@compiled
+def _place(row, first):
+    """Return where a document's sum stands: nowhere else, not even for the entries of a damaged file.
+
+    Without a sign, because the compiler has a negative index counted from the end, which takes as long as the rest.
+    """
+    return uint64(row - first) & uint64(_WINDOW - 1)
 
 
 @_comparing
@@ -135,10 +145,11 @@ def _pick_all(sums, first, heap, found, size):
 def _pick_entries(rows, first, sums, heap, found, size):
     """Do the same for the documents of one list, and set their sums back, so that each is met once."""
     for row in rows:
-        score = sums[row - first]
+        place = _place(row, first)
+        score = sums[place]
         if score > 0 and score >= heap[0]:
             size = _note(row, score, heap, found, size)
-        sums[row - first] = 0
+        sums[place] = 0
     return size
 
 
