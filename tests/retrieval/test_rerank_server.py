@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.retrieval.support import FakeEngine, free_port
+from tests.retrieval.support import FakeEngine, free_port, live
 from tests.retrieval.test_rerank import ByLength, some_documents, write_cross_encoder
 from verl.retrieval.app import create_app
 from verl.retrieval.corpus import Corpus
@@ -208,6 +208,28 @@ async def test_more_than_may_wait_is_turned_away_with_a_time_to_come_back(
     assert (await http.post("/rerank", json=many)).status_code == 200
 
 
+async def test_pairs_whose_client_has_gone_are_not_scored(corpus: Corpus, overlap: Overlap) -> None:
+    overlap.gate = threading.Event()
+    app = create_app(FakeEngine(corpus), CONFIG)
+    app.serve_reranker(overlap)
+    (service,) = app._rerankers
+    with live(app, CONFIG) as port:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as http:
+            first = asyncio.create_task(http.post("/rerank", json={"queries": ["q"], "documents": [[CATS]]}))
+            await asyncio.to_thread(overlap.started.wait, 20)
+            leaving = {"queries": ["q"], "documents": [[CATS] * 7]}
+            with pytest.raises(httpx.ReadTimeout):
+                await http.post("/rerank", json=leaving, timeout=0.2)
+            async with asyncio.timeout(20):
+                while service._batcher.waiting:
+                    await asyncio.sleep(0.01)
+            last = asyncio.create_task(http.post("/rerank", json={"queries": ["q"], "documents": [[CATS, DOGS]]}))
+            await asyncio.sleep(0.05)
+            overlap.gate.set()
+            assert [(await each).status_code for each in (first, last)] == [200, 200]
+    assert overlap.batches == [1, 2]
+
+
 async def test_a_reranker_that_fails_is_an_error_in_json_and_the_service_goes_on(
     http: httpx.AsyncClient, overlap: Overlap
 ) -> None:
@@ -281,11 +303,12 @@ def test_the_service_alone_says_that_it_has_no_index() -> None:
 
 
 @pytest.mark.integration
-def test_the_command_serves_a_model(tmp_path: Path) -> None:
+def test_the_script_serves_a_model(tmp_path: Path) -> None:
     folder, port = write_cross_encoder(tmp_path / "model"), free_port()
-    command = [sys.executable, "-m", "verl.retrieval.rerank_server", "--rerank_model", str(folder)]
-    command += ["--device", "cpu", "--port", str(port)]
-    server = subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stderr=subprocess.PIPE)
+    script = Path(__file__).resolve().parents[2] / "scripts" / "deploy_retriever" / "rerank_launch.sh"
+    command = ["bash", str(script), "--rerank_model", str(folder), "--device", "cpu"]
+    own = {"PYTHON": sys.executable, "PORT": str(port), "HF_HUB_OFFLINE": "1"}
+    server = subprocess.Popen(command, env={**os.environ, **own}, stderr=subprocess.PIPE)
     try:
         address = f"http://127.0.0.1:{port}"
         wait_until_ready(server, address)

@@ -538,3 +538,27 @@ def test_any_body_gets_an_answer_or_a_reason(engine: FakeEngine, body: bytes) ->
     else:
         assert answer.status_code in (400, 422)
         assert answer.json()["error"]["message"]
+
+
+async def test_a_request_that_a_stopping_server_gives_up_is_told_to_come_back(corpus: Corpus) -> None:
+    engine = FakeEngine(corpus, gate=threading.Event())
+    app = create_app(engine, CONFIG)
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b'{"queries": ["q"]}'}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "path": "/retrieve", "method": "POST", "headers": []}
+    request = asyncio.create_task(app(scope, receive, send))
+    await asyncio.to_thread(engine.started.wait, 20)
+    request.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await request
+    assert sent[0]["status"] == 503 and b"retry-after" in dict(sent[0]["headers"])
+    assert "the service is stopping" in json.loads(sent[1]["body"])["error"]["message"]
+    assert engine.gate is not None
+    engine.gate.set()
+    await app.aclose()

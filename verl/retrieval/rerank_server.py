@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from starlette.types import Receive
 
 from verl.errors import RetrieverError, SearchAgentError
 from verl.retrieval import wire
@@ -26,6 +27,7 @@ from verl.retrieval.engine_thread import EngineThread
 from verl.retrieval.openapi import ERROR, NOT_BLANK
 from verl.retrieval.rerank import DEFAULT_MODEL, CrossEncoderReranker, Pair, Reranker, ordered
 from verl.retrieval.server_config import ServerConfig
+from verl.retrieval.watching import while_connected
 from verl.retrieval.wire import RefusedRequest, Rendered, RequestLimits, render, response_body
 from verl.types import Document
 
@@ -102,15 +104,18 @@ class RerankService:
         )
         self._pairs_per_s = 0.0
 
-    async def answer(self, body: bytes) -> bytes:
+    async def answer(self, body: bytes, receive: Receive) -> bytes:
         """Return the body that answers a request's.
 
+        Args:
+            receive: of the request; when its client leaves, its pairs are no longer scored.
+
         Raises:
-            RefusedRequest: the request is wrong (400, 422), there is too much to do (503), or the reranker gave no
-                score for one of the queries (502).
+            RefusedRequest: the request is wrong (400, 422), the client left, there is too much to do (503), or
+                the reranker gave no score for one of the queries (502).
         """
         asked = parse_rerank_request(body, self._config.limits, self._config.topk)
-        return response_body(await self._rerank(asked), asked.return_scores)
+        return response_body(await while_connected(self._rerank(asked), receive), asked.return_scores)
 
     async def close(self) -> None:
         """Answer what waits, then end the thread."""
@@ -179,7 +184,8 @@ def add_rerank_route(app: FastAPI, reranker: Reranker, config: ServerConfig) -> 
     @app.post("/rerank", openapi_extra={"requestBody": body_docs}, responses=faults)
     async def rerank(request: Request) -> Response:
         """Order each query's documents anew."""
-        return Response(await service.answer(await request.body()), media_type="application/json")
+        answer = await service.answer(await request.body(), request.receive)
+        return Response(answer, media_type="application/json")
 
     app.openapi_schema = None  # it may have been asked for before
     return service

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from starlette.types import Receive, Scope, Send
 
@@ -15,11 +15,13 @@ from verl.retrieval.bodies import BodyReader
 from verl.retrieval.engine import extent
 from verl.retrieval.metrics import ServiceMetrics
 from verl.retrieval.service import SearchService
-from verl.retrieval.wire import RefusedRequest, Rendered, RetrieveRequest, error_body, parse_request, response_body
+from verl.retrieval.watching import while_connected
+from verl.retrieval.wire import RefusedRequest, error_body, parse_request, response_body
 
 logger = logging.getLogger(__name__)
 
 _PATH = "/retrieve"
+_STOPPING_S = 2
 _CONTENT_TYPE = (b"content-type", b"application/json")
 
 
@@ -37,6 +39,11 @@ class Retrieve:
         start = time.perf_counter()
         try:
             body = await self._answer(receive)
+        except asyncio.CancelledError:  # the server stops and waits no longer; 503 sends the client elsewhere
+            message = "the service is stopping; ask again later"
+            going = RefusedRequest(503, "stopping", message, retry_after_s=_STOPPING_S)
+            await refuse(going, _PATH, self._metrics, send)
+            raise
         except RefusedRequest as refused:
             await refuse(refused, _PATH, self._metrics, send)
         except Exception as error:  # a fault of ours costs this request, which is still told so in JSON
@@ -51,27 +58,12 @@ class Retrieve:
         body = await self._bodies.read(receive)
         info, config = self._service.info, self._service.config
         asked = parse_request(body, config.limits, config.topk, info.max_topk, extent(info))
-        results = await (self._watched(asked, receive) if self._service.expects_to_wait() else self._search(asked))
+        search = self._service.search(asked.queries, asked.topk)
+        results = await (while_connected(search, receive) if self._service.expects_to_wait() else search)
         failed = {at: result for at, result in enumerate(results) if isinstance(result, Exception)}
         if failed:
             raise _failure(failed)
         return response_body(results, asked.return_scores, asked.ids_only)  # type: ignore[arg-type]  # no exception among them
-
-    async def _search(self, asked: RetrieveRequest) -> Sequence[Rendered | Exception]:
-        return await self._service.search(asked.queries, asked.topk)
-
-    async def _watched(self, asked: RetrieveRequest, receive: Receive) -> Sequence[Rendered | Exception]:
-        """Search, but give the place in the queue up when the client leaves, so that nobody's query is not searched."""
-        search = asyncio.ensure_future(self._search(asked))
-        gone = asyncio.ensure_future(receive())
-        try:
-            await asyncio.wait((search, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not search.done():
-                raise RefusedRequest(400, "disconnected", "the connection closed before the answer was there")
-            return search.result()
-        finally:
-            search.cancel()
-            gone.cancel()
 
 
 async def refuse(refused: RefusedRequest, path: str, metrics: ServiceMetrics, send: Send) -> None:
