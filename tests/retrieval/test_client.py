@@ -89,7 +89,6 @@ async def test_calls_with_another_topk_get_their_own_request() -> None:
         httpx.ConnectError("refused"),
         httpx.ReadTimeout("slow"),
         httpx.RemoteProtocolError("closed"),
-        httpx.Response(429),
         httpx.Response(502, text="bad gateway"),
         httpx.Response(503, headers={"Retry-After": "0"}),
         httpx.Response(504),
@@ -139,16 +138,34 @@ def test_retry_after_may_be_a_date() -> None:
     assert 95 <= _retry_after_s(httpx.Response(503, headers={"Retry-After": at})) <= 100
 
 
-@pytest.mark.parametrize(("faults", "retries", "requests"), [(1, 1, 2), (5, 1, 2), (2, 2, 3), (1, 0, 1)])
-async def test_a_fault_of_the_service_is_tried_again_only_so_often(faults: int, retries: int, requests: int) -> None:
-    service = Service(fail_first=faults, failure=httpx.Response(500, json={"error": {"code": "x", "message": "oops"}}))
-    async with make_client(service, retry_window_s=60.0, fault_retries=retries) as client:
-        if faults <= retries:
-            assert (await client(["a"], 1))[0].query == "a"
-        else:
-            with pytest.raises(RetrieverError, match=f"retriever {URL} failed with 500: oops"):
-                await client(["a"], 1)
-    assert len(service.requests) == requests
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (400, "refused the request with 400"),
+        (408, "refused the request with 408"),
+        (429, "refused the request with 429"),
+        (500, "failed with 500"),
+        (501, "failed with 501"),
+    ],
+)
+async def test_any_other_status_is_an_error_after_one_request(status: int, message: str) -> None:
+    failure = httpx.Response(status, json={"error": {"code": "x", "message": "oops"}}, headers={"Retry-After": "0"})
+    service = Service(fail_first=1, failure=failure)
+    async with make_client(service, retry_window_s=60.0) as client:
+        with pytest.raises(RetrieverError, match=f"retriever {URL} {message}: oops"):
+            await client(["a"], 1)
+        assert len(service.requests) == 1
+        assert (await client(["a"], 1))[0].query == "a", "the endpoint is not left alone for it"
+
+
+@pytest.mark.parametrize("status", [502, 504])
+async def test_a_gateways_status_that_names_a_query_is_the_services(status: int) -> None:
+    error = {"code": "query_failed", "message": "no luck", "query_index": 0}
+    service = Service(fail_first=1, failure=httpx.Response(status, json={"error": error}))
+    async with make_client(service, retry_window_s=60.0) as client:
+        with pytest.raises(RetrieverError, match=f"retriever {URL} could not answer: no luck"):
+            await client(["a"], 1)
+    assert len(service.requests) == 1
 
 
 class Partial(FakeEngine):
@@ -411,7 +428,6 @@ async def test_an_answer_that_drips_is_given_up_at_the_timeout() -> None:
         {"timeout_s": float("inf")},
         {"retry_window_s": -1.0},
         {"deadline_s": 0.0},
-        {"fault_retries": -1},
         {"backoff_s": float("nan")},
         {"batch_window_ms": -1.0},
     ],

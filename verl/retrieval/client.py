@@ -16,7 +16,7 @@ from verl.errors import RetrieverError
 from verl.retrieval.batching import MicroBatcher
 from verl.retrieval.client_config import RetrieverClientConfig
 from verl.retrieval.client_endpoints import Endpoint, EndpointPool, Unavailable
-from verl.retrieval.client_http import Failed, Fault, HttpRetriever
+from verl.retrieval.client_http import Failed, HttpRetriever
 from verl.retrieval.loop_thread import LoopThread
 from verl.retrieval.wire import RequestLimits, query_fault
 from verl.types import SearchResult
@@ -65,9 +65,9 @@ class RetrieverClient:
         A query longer than `max_query_chars` is searched for in its cut form, which is then the result's `query`.
 
         Raises:
-            RetrieverError: no or a blank query, a request that the service refuses, a query that it cannot answer, an
-                answer that breaks the contract, endpoints that serve different indexes, or no answer within the retry
-                window or the deadline.
+            RetrieverError: no or a blank query, a request that the service refuses or fails at, a query that it cannot
+                answer, an answer that breaks the contract, endpoints that serve different indexes, or no answer within
+                the retry window or the deadline.
         """
         self._check_loop()
         if isinstance(queries, str) or not queries:
@@ -189,7 +189,7 @@ class RetrieverClient:
         return [results[at] for at in range(len(queries))]
 
     async def _until_answered(self, queries: Sequence[str], topk: int) -> list[SearchResult]:
-        start, attempts, faults = time.monotonic(), 0, 0
+        start, attempts = time.monotonic(), 0
         while True:
             endpoint, wait = self._pool.choose()
             if wait and (attempts or wait <= self.config.retry_window_s):  # every call gets one attempt
@@ -197,11 +197,6 @@ class RetrieverClient:
             attempts += 1
             try:
                 return await self._attempt(endpoint, queries, topk)
-            except Fault as fault:
-                faults += 1
-                if faults > self.config.fault_retries:
-                    raise
-                logger.warning("%s; trying once more", fault)
             except Unavailable as cause:
                 self._check_window(cause, endpoint, start, attempts)
 

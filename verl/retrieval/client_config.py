@@ -18,11 +18,10 @@ class RetrieverClientConfig:
         urls: several endpoints that serve the same index, in place of `url`; requests go to the one that is well and
             has the fewest on their way.
         timeout_s: for one attempt.
-        retry_window_s: a call that meets dead, slow or overloaded services is tried again until this long after its
-            first attempt; 0 tries once.
+        retry_window_s: a call that meets dead, slow or overloaded services (no connection, no answer, status 503) is
+            tried again until this long after its first attempt; 0 tries once. Nothing else is tried again.
         deadline_s: for a call as a whole, its time in the queue and all attempts included; None for no other bound
             than those.
-        fault_retries: how often a request is tried again that makes the service fail with status 500.
         backoff_s: mean wait until an endpoint that failed is tried again; it doubles with every further failure.
         max_backoff_s: most of that wait; a service that asks for more (Retry-After) gets it.
         batch_queries: most queries in one request.
@@ -39,7 +38,6 @@ class RetrieverClientConfig:
     timeout_s: float = 30.0
     retry_window_s: float = 60.0
     deadline_s: float | None = None
-    fault_retries: int = 1
     backoff_s: float = 0.2
     max_backoff_s: float = 5.0
     batch_queries: int = 64
@@ -58,7 +56,7 @@ class RetrieverClientConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"retriever {name}={value}; expected a positive number of seconds")
-        for name in ("retry_window_s", "backoff_s", "max_backoff_s", "batch_window_ms", "fault_retries"):
+        for name in ("retry_window_s", "backoff_s", "max_backoff_s", "batch_window_ms"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"retriever {name}={getattr(self, name)}; expected 0 or more")
         for name in ("batch_queries", "max_requests", "max_query_chars"):

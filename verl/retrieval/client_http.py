@@ -18,13 +18,13 @@ from verl.retrieval.client_endpoints import Unavailable
 from verl.retrieval.wire import RetrieveRequest, parse_response, request_body
 from verl.types import SearchResult
 
-_BUSY = (429, 503)
+_BUSY = 503
 _GATEWAY = (502, 504)
 _IDENTIFY_TIMEOUT_S = 5.0
 
 
 class Failed(RetrieverError):
-    """The service says that it will not answer; asking the same again cannot help.
+    """The service answered, and will not do better: asking the same again cannot help, or would hide a fault.
 
     Attributes:
         what: which service did what.
@@ -35,10 +35,6 @@ class Failed(RetrieverError):
         super().__init__(f"{what}: {reason}")
         self.what = what
         self.queries = queries
-
-
-class Fault(Failed):
-    """The service failed (status 500); it may have been chance."""
 
 
 class HttpRetriever:
@@ -66,9 +62,10 @@ class HttpRetriever:
         """Return one result per query.
 
         Raises:
-            Unavailable: there was no answer, or one that says to ask later.
-            Fault: the service failed.
-            Failed: the service refuses the request, or cannot answer some of its queries.
+            Unavailable: there was no connection or no answer, or status 503; also 502 and 504 that name no query,
+                which is how a proxy says that it got no connection or no answer.
+            Failed: any other status: the service refuses the request, failed, or cannot answer some of its queries. A
+                proxy's 429 is one of them: asking again would add to what it bounds; lower `max_requests`.
             RetrieverError: the answer breaks the contract.
         """
         body = request_body(RetrieveRequest(tuple(queries), topk, True, self._ids_only))
@@ -121,13 +118,12 @@ class HttpRetriever:
 def _failure(url: str, response: httpx.Response, queries: int) -> Unavailable | Failed:
     message, at_fault = _reason(response, queries)
     status = response.status_code
-    if status in _BUSY or (status in _GATEWAY and not at_fault):  # without a query, a gateway speaks, not the service
+    if status == _BUSY or (status in _GATEWAY and not at_fault):  # without a query, a proxy speaks, not the service
         return Unavailable(f"status {status}: {message}", _retry_after_s(response))
     if status in _GATEWAY:
         return Failed(f"retriever {url} could not answer", message, at_fault)
-    if status >= 500:
-        return Fault(f"retriever {url} failed with {status}", message, at_fault)
-    return Failed(f"retriever {url} refused the request with {status}", message, at_fault)
+    did = "failed" if status >= 500 else "refused the request"
+    return Failed(f"retriever {url} {did} with {status}", message, at_fault)
 
 
 def _reason(response: httpx.Response, queries: int) -> tuple[str, dict[int, str]]:
