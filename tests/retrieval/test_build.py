@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from verl.retrieval.dense_build import check_room
 from verl.retrieval.encoder_spec import EncoderConfig
 from verl.retrieval.engine import IndexInfo, open_index
 from verl.retrieval.index_kinds import IndexConfig, lay_out
+from verl.retrieval.search_config import SearchConfig
 from verl.retrieval.settings import BM25Config, LuceneConfig
 from verl.retrieval.workplace import workplace
 
@@ -129,6 +131,28 @@ def test_a_build_that_fails_leaves_nothing(corpus: Corpus, tmp_path: Path) -> No
 def test_no_threads_are_refused(corpus: Corpus, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="threads=0; expected at least 1"):
         open_index(tmp_path, corpus, "bm25", threads=0)
+
+
+@pytest.mark.parametrize(
+    "dense",
+    [
+        {"model": "m"},
+        {"search": SearchConfig(nprobe=4)},
+        {"encoder": EncoderConfig("cpu")},
+        {"encoder_overrides": {"pooling": "cls"}},
+    ],
+)
+def test_options_of_a_dense_index_are_refused_for_another(
+    tmp_path: Path, corpus: Corpus, dense: dict[str, Any]
+) -> None:
+    build_index(corpus, "bm25", tmp_path / "index")
+    (option,) = dense
+    with pytest.raises(
+        ConfigError, match=f"{option}=.* concerns a dense index, and this one is bm25's; leave {option}"
+    ):
+        open_index(tmp_path / "index", corpus, "bm25", **dense)
+    defaults = {"search": SearchConfig(), "encoder": EncoderConfig(), "encoder_overrides": {}}
+    assert open_index(tmp_path / "index", corpus, "bm25", **defaults).info.name == "bm25"
 
 
 def test_a_model_for_bm25_is_refused(corpus: Corpus, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from verl.errors import ConfigError, RetrieverError
-from verl.retrieval.engine import EngineInfo
+from verl.retrieval.engine import EngineInfo, as_live
 from verl.retrieval.fusion import HybridEngine
 from verl.types import Document, SearchResult
 
@@ -200,6 +201,47 @@ def test_the_fingerprint_covers_everything_that_decides_a_result() -> None:
     ]
     assert len({variant.info.fingerprint for variant in variants}) == len(variants)
     assert variants[0].info.fingerprint == HybridEngine([ranked("x"), ranked("y")]).info.fingerprint
+
+
+# --- live ---
+
+
+class Live(Ranked):
+    """Is asked for single queries; `search` is for the other way alone."""
+
+    live = True
+
+    async def answer(self, query: str, topk: int) -> SearchResult | RetrieverError:
+        (result,) = self.search([query], topk)
+        return result
+
+
+def test_a_hybrid_is_live_where_one_of_its_engines_is() -> None:
+    assert as_live(HybridEngine([ranked("a"), ranked("b")])) is None
+    hybrid = HybridEngine([ranked("a"), Live({"q": "b"})])
+    assert as_live(hybrid) is hybrid
+
+
+async def test_single_queries_get_what_a_search_gives() -> None:
+    rankings = {"one": "abc", "two": "bca", "bad": "ab"}
+    index, web = Ranked(rankings), Live(rankings, "web", faults={"bad": RetrieverError("status 500")})
+    hybrid = HybridEngine([index, web], [2, 1], depth=2)
+    expected = hybrid.search(["one", "two", "bad"], 2)
+    answers = await asyncio.gather(*(hybrid.answer(query, 2) for query in ("one", "two", "bad")))
+    assert answers[:2] == expected[:2] and str(answers[2]) == str(expected[2]) == "hybrid: web: status 500"
+    assert index.asked[1:] == [(["one", "two", "bad"], 2)] and len(index.threads) == 1
+    assert web.asked[1:] == [(["one"], 2), (["two"], 2), (["bad"], 2)]
+    with pytest.raises(RetrieverError, match="topk=3 exceeds"):
+        await hybrid.answer("one", 3)
+
+
+async def test_an_index_that_fails_a_batch_fails_its_queries() -> None:
+    broken = ranked("b", fault=RetrieverError("no such shard"))
+    hybrid = HybridEngine([broken, Live({"q": "a"}, "web")])
+    assert str(await hybrid.answer("q", 1)) == "hybrid: ranked: no such shard"
+    broken.fault = ZeroDivisionError("index on fire")
+    with pytest.raises(ZeroDivisionError, match="index on fire"):
+        await hybrid.answer("q", 1)
 
 
 # --- faults ---

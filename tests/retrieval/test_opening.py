@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from verl.retrieval.build import build_index
 from verl.retrieval.build_options import BuildOptions
 from verl.retrieval.corpus import Corpus
 from verl.retrieval.encoder_spec import EncoderConfig
+from verl.retrieval.engine import as_live
 from verl.retrieval.opening import EngineOptions, _retriever_of, open_engine
 from verl.retrieval.server_config import CacheConfig, ServerConfig
 from verl.retrieval.server_flags import configs, parser
@@ -34,7 +36,7 @@ def indexes(tmp_path: Path, tiny_bert: Path) -> Path:
 
 def options(folder: Path, name: str, *indexes: str, **more: Any) -> EngineOptions:
     paths = tuple(folder / index for index in indexes)
-    device = None if name == "bm25" and "rerank_model" not in more else "cpu"
+    device = "cpu" if "e5" in indexes or "rerank_model" in more else None
     return EngineOptions(name, paths, folder / "corpus.jsonl", device=device, **more)
 
 
@@ -124,7 +126,57 @@ def test_only_what_is_replayed_may_be_kept(
         opened.engine.close()
 
 
+@pytest.fixture
+def services(monkeypatch: pytest.MonkeyPatch) -> Iterator[WebServer]:
+    with WebServer() as server:
+        for name, value in server.environ.items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
+def test_an_index_is_fused_with_the_web(indexes: Path, services: WebServer) -> None:
+    web = {"fuse_with": ("serper",), "web_base_url": services.url, "fusion_weights": (1.0, 0.5)}
+    opened = open_engine(options(indexes, "hybrid", "bm25", **web))
+    assert not opened.cacheable and as_live(opened.engine) is not None
+    details = opened.engine.info.details
+    assert (details["engines"], details["weights"], details["require_all"]) == ("bm25 + serper", "1 0.5", True)
+    (result,) = opened.engine.search(["river"], 3)
+    assert ids(result)[:2] == ["d2", "d0"] and ids(result)[2].startswith("https://example.org/river/0")
+    opened.engine.close()
+
+
+def test_two_services_are_fused_without_a_corpus(services: WebServer) -> None:
+    opened = open_engine(EngineOptions("hybrid", fuse_with=("serper", "google_cse"), require_all=False))
+    info = opened.engine.info
+    assert (info.details["engines"], info.documents, info.max_topk) == ("serper + google_cse", None, 10)
+    assert info.details["require_all"] is False and not opened.cacheable
+    opened.engine.close()
+
+
+def test_what_a_hybrid_replays_may_be_kept_if_it_needs_all_its_parts(
+    indexes: Path, tmp_path: Path, services: WebServer
+) -> None:
+    web = {"fuse_with": ("serper",), "web_base_url": services.url, "web_cache": tmp_path / "answers.sqlite"}
+    recorder = open_engine(options(indexes, "hybrid", "bm25", **web))
+    found = recorder.engine.search(["river"], 5)
+    recorder.engine.close()
+    assert not recorder.cacheable
+    for require_all in (True, False):
+        replaying = {**web, "web_cache_mode": "replay", "require_all": require_all}
+        opened = open_engine(options(indexes, "hybrid", "bm25", **replaying))
+        assert opened.cacheable == require_all and opened.engine.search(["river"], 5) == found
+        opened.engine.close()
+
+
+def test_a_bare_published_index_in_a_hybrid_has_to_be_imported_first(indexes: Path) -> None:
+    (indexes / "e5" / "index.json").unlink()
+    for path in ("e5", "e5/e5_Flat.index"):
+        with pytest.raises(DataError, match=r"has no index\.json .* run `python -m verl\.retrieval\.build import`"):
+            open_engine(options(indexes, "hybrid", "bm25", path))
+
+
 PATH = Path("x")
+HYBRID = {"retriever_name": "hybrid", "corpus_path": PATH, "index_path": (PATH, PATH)}
 BM25 = {"retriever_name": "bm25", "corpus_path": PATH, "index_path": (PATH,)}
 
 
@@ -135,7 +187,31 @@ BM25 = {"retriever_name": "bm25", "corpus_path": PATH, "index_path": (PATH,)}
         ({"retriever_name": "bm25", "index_path": (PATH,)}, "needs --corpus_path"),
         ({"retriever_name": "bm25", "corpus_path": PATH}, "came with 0 --index_path; expected one"),
         ({"retriever_name": "e5", "corpus_path": PATH, "index_path": (PATH, PATH)}, "came with 2 --index_path"),
-        ({"retriever_name": "hybrid", "corpus_path": PATH, "index_path": (PATH,)}, "expected at least two"),
+        ({**HYBRID, "index_path": (PATH,)}, "came with 1 --index_path; expected at least two, --fuse_with"),
+        (
+            {"retriever_name": "hybrid", "fuse_with": ("serper",)},
+            "came with 0 --index_path and 1 --fuse_with; expected",
+        ),
+        ({**HYBRID, "fuse_with": ("bing",)}, "fuse_with=bing; expected some of serper, serpapi, google_cse, colbert"),
+        ({**HYBRID, "fuse_with": ("serper", "serper")}, "fuse_with=serper serper; .*, each once"),
+        (
+            {**HYBRID, "fusion_weights": (1.0,)},
+            "1 --fusion_weights came for 2 --index_path and 0 --fuse_with; expected",
+        ),
+        ({**HYBRID, "fuse_with": ("serper",), "corpus_path": None}, "hybrid needs --corpus_path"),
+        ({"retriever_name": "hybrid"}, "needs --corpus_path"),
+        (
+            {**HYBRID, "index_path": (), "fuse_with": ("serper", "serpapi")},
+            "came with --corpus_path but no --index_path",
+        ),
+        (
+            {**HYBRID, "fuse_with": ("serper", "serpapi"), "web_base_url": "u"},
+            "2 --fuse_with came; leave --web_base_url",
+        ),
+        ({**BM25, "fuse_with": ("serper",)}, "concerns a hybrid, and none is opened"),
+        ({**BM25, "fusion_weights": (1.0,)}, "leave --fusion_weights out"),
+        ({**BM25, "require_all": False}, "require_all=False concerns a hybrid"),
+        ({"retriever_name": "serper", "rrf_k": 10}, "rrf_k=10 concerns a hybrid"),
         ({"retriever_name": "serper", "corpus_path": PATH}, "searches the web; leave --index_path and --corpus_path"),
         ({"retriever_name": "serper", "threads": 0}, "threads=0"),
         ({"retriever_name": "serper", "on_error": "ignore"}, "on_error='ignore'; expected one of raise, skip"),
@@ -192,8 +268,9 @@ def test_every_flag_reaches_its_field() -> None:
         "--retriever_name hybrid --index_path a b --corpus_path c --corpus_cache d --on-error skip --threads 2 "
         "--encoder_spec f.yaml --encoder_spec pooling=cls --device cpu --dtype bfloat16 --batch_tokens 64 --nprobe "
         "4 --ef_search 5 --query_syntax boolean --on_syntax_error bag_of_words --lucene_k1 1.5 --lucene_b 0.5 "
+        "--fuse_with serper serpapi --fusion_weights 1 2 0.5 0.25 --no-require_all "
         "--rrf_k 6 --fusion_depth 7 --rerank_model r --rerank_depth 8 --web_cache w --web_cache_mode replay "
-        "--web_rate 0.5 --web_pages 2 --web_base_url u "
+        "--web_rate 0.5 --web_pages 2 "
         "--workers 3 --batch_queries 9 --batch_window_ms 1.5 --drain_s 2 --shutdown_timeout_s 3 --token_env T "
         "--cache_file s --cache_mb 1 --cache_disk_mb 2 --max_queued_queries 2000 --max_connections 4 --max_body_mb 5 "
         "--header_timeout_s 6 --body_timeout_s 7 --write_timeout_s 8 --keep_alive_s 9 "
@@ -234,6 +311,9 @@ def test_every_flag_reaches_its_field() -> None:
         on_syntax_error="bag_of_words",
         lucene_k1=1.5,
         lucene_b=0.5,
+        fuse_with=("serper", "serpapi"),
+        fusion_weights=(1.0, 2.0, 0.5, 0.25),
+        require_all=False,
         rrf_k=6,
         fusion_depth=7,
         rerank_model="r",
@@ -242,8 +322,9 @@ def test_every_flag_reaches_its_field() -> None:
         web_cache_mode="replay",
         web_rate=0.5,
         web_pages=2,
-        web_base_url="u",
     )
+    flags = "--retriever_name serper --web_base_url u"
+    assert configs(parser().parse_args(flags.split()))[1] == EngineOptions("serper", web_base_url="u")
 
 
 def test_what_is_opened_is_what_was_built(indexes: Path) -> None:

@@ -50,12 +50,14 @@ class WebServer:
     """Answers on a free port of this machine; use as a context manager.
 
     The query `whale` has `results` organic results; `nothing` has none. Faults are used up one per request, in order.
+    A query that is `held` gets its answer when its event is set.
     """
 
     def __init__(self, results: int = 25) -> None:
         self.results = results
         self.faults: deque[Fault] = deque()
         self.always: Fault | None = None
+        self.held: dict[str, threading.Event] = {}
         self.asked: list[Asked] = []
         self.key = "secret-KEY_0123456789"
         self.cse_id = "cse-id:0123456789"
@@ -106,6 +108,9 @@ class WebServer:
         if fault is None:
             status, answer = self._right_answer(parts.path, query, handler, body)
             fault = Fault(status, json.dumps(answer).encode())
+        held = self.held.get(str(body.get("q", query.get("q"))))
+        if held is not None:
+            held.wait(20)
         time.sleep(fault.delay_s)
         handler.close_connection = fault.drop
         if not fault.drop:

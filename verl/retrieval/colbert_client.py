@@ -6,11 +6,10 @@ URL-encoded; timeouts, bounded retries and the file of kept answers are those of
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -18,10 +17,11 @@ from typing import Any
 
 from verl.errors import ConfigError, RetrieverError
 from verl.retrieval.colbert_api import MOST_K
-from verl.retrieval.engine import EngineInfo, check_topk, digest
+from verl.retrieval.engine import EngineInfo, digest
+from verl.retrieval.remote import RemoteEngine
 from verl.retrieval.replay import ReplayCache, ReplayMode, ReplayRequest
 from verl.retrieval.web_formats import Call, shortened
-from verl.retrieval.web_http import FetchConfig, Fetcher, LoopThread, Secrets, check_base_url
+from verl.retrieval.web_http import FetchConfig, Fetcher, Secrets, check_base_url
 from verl.types import Document, SearchResult
 
 VARIABLE = "API_SEARCH"
@@ -49,8 +49,8 @@ class ColbertApiConfig:
             check_base_url(self.base_url, keyless=True)
 
 
-class ColbertApiEngine:
-    """An `Engine` that asks such a server; a query that cannot be answered gets an error of its own.
+class ColbertApiEngine(RemoteEngine):
+    """An `Engine` that asks such a server.
 
     Scores are the server's. What a passage is called is its title: what stands before the first `|` of its text. The
     server's corpus may change behind its address, so a fingerprint promises equal answers in mode `replay` only.
@@ -58,45 +58,12 @@ class ColbertApiEngine:
 
     def __init__(self, url: str, config: ColbertApiConfig, cache: ReplayCache) -> None:
         """Use `open_engine`."""
-        self._cache = cache
-        self._fetcher = None
-        if config.cache_mode != "replay":
-            self._fetcher = Fetcher(url, Secrets([], {}), config.http)
+        fetcher = Fetcher(url, Secrets([], {}), config.http) if config.cache_mode != "replay" else None
         details = {"base_url": url, "cache_mode": config.cache_mode}
-        self._info = EngineInfo(NAME, None, MOST_K, "", digest(NAME, details), details)
-        self._loop = LoopThread(NAME)
+        super().__init__(EngineInfo(NAME, None, MOST_K, "", digest(NAME, details), details), fetcher, cache)
 
-    @property
-    def info(self) -> EngineInfo:
-        """What this is."""
-        return self._info
-
-    def search(self, queries: Sequence[str], topk: int) -> list[SearchResult | RetrieverError]:
-        """Return one result or error per query, in order; see `Engine.search`."""
-        check_topk(topk, self._info)
-        return self._loop.run(self._search_all(queries, topk))
-
-    def close(self) -> None:
-        """Close connections, thread and cache."""
-        if self._loop.closed:
-            return
-        if self._fetcher is not None:
-            self._loop.run(self._fetcher.aclose())
-        self._loop.close()
-        self._cache.close()
-
-    async def _search_all(self, queries: Sequence[str], topk: int) -> list[SearchResult | RetrieverError]:
-        distinct = list(dict.fromkeys(queries))
-        found = await asyncio.gather(*(self._search(query, topk) for query in distinct))
-        results = dict(zip(distinct, found, strict=True))
-        return [results[query] for query in queries]
-
-    async def _search(self, query: str, topk: int) -> SearchResult | RetrieverError:
-        try:
-            text = await self._answer(query, topk)
-            return read_answer(text, query, topk)
-        except RetrieverError as error:
-            return RetrieverError(f"{NAME}: {error}")
+    async def _find(self, query: str, topk: int) -> SearchResult:
+        return read_answer(await self._answer(query, topk), query, topk)
 
     async def _answer(self, query: str, topk: int) -> str:
         """Return an answer's text, from the cache or the server; only one that can be read is kept."""

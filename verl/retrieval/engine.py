@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 from verl.errors import ConfigError, DataError, RetrieverError
 from verl.retrieval.corpus import Corpus
@@ -70,6 +70,30 @@ class Engine(Protocol):
     def close(self) -> None:
         """Release files, threads and connections; the engine cannot be used afterwards."""
         ...
+
+
+class LiveEngine(Engine, Protocol):
+    """An engine that asks services whose answers take their time and change; it also answers single queries.
+
+    The server asks it for every query as it comes, so that one that hangs keeps no other waiting, and keeps no result.
+    """
+
+    @property
+    def live(self) -> bool:
+        """Whether that is so; not where every answer comes from a file, or every part is an index."""
+        ...
+
+    async def answer(self, query: str, topk: int) -> SearchResult | RetrieverError:
+        """Return what `search` would for one query; calls are concurrent, from one event loop.
+
+        A call that is cancelled is given up, at the service too where it was not sent yet.
+        """
+        ...
+
+
+def as_live(engine: Engine) -> LiveEngine | None:
+    """Return an engine that has to be asked for each query on its own, None for any other."""
+    return cast(LiveEngine, engine) if getattr(engine, "live", False) else None
 
 
 def digest(*parts: object) -> str:
@@ -170,8 +194,9 @@ def open_index(
             `verl.retrieval.encoder_spec.read_overrides`.
 
     Raises:
-        ConfigError: unknown retriever, `threads` below 1, search parameters that the index does not have, no GPU where
-            one was asked for, or an index built by another retriever or encoder.
+        ConfigError: unknown retriever, `threads` below 1, search parameters that the index does not have, options of a
+            dense index for another one, no GPU where one was asked for, or an index built by another retriever or
+            encoder.
         DataError: no complete index there, a damaged one, or one that was built for another corpus.
     """
     check_retriever(retriever_name)
@@ -183,6 +208,8 @@ def open_index(
     folder = path if path.is_dir() else path.parent
     info = IndexInfo.load(folder) if (folder / INFO_NAME).exists() else _bare(path, corpus, retriever_name, model)
     check_info(info, path, corpus, retriever_name)
+    if info.retriever not in ENCODERS:
+        _refuse_dense(info.retriever, search, encoder, encoder_overrides, model)
     # Imported here and below: torch, transformers and Java take seconds, and no index needs all of them.
     if info.retriever == "bm25":
         from verl.retrieval import bm25
@@ -195,6 +222,28 @@ def open_index(
     from verl.retrieval import dense
 
     return dense.open_engine(folder, corpus, info, model, threads, search, encoder, encoder_overrides)
+
+
+def _refuse_dense(
+    retriever: str,
+    search: SearchConfig | None,
+    encoder: EncoderConfig | None,
+    encoder_overrides: Mapping[str, Setting] | None,
+    model: str | None,
+) -> None:
+    """Refuse what only a dense index has, rather than search otherwise than was asked for."""
+    given = {
+        "model": model,
+        "search": None if search == SearchConfig() else search,
+        "encoder": None if encoder == EncoderConfig() else encoder,
+        "encoder_overrides": encoder_overrides or None,
+    }
+    for option, value in given.items():
+        if value is not None:
+            raise ConfigError(
+                f"{option}={value!r} concerns a dense index, and this one is {retriever}'s; leave {option} out, or "
+                "pass a dense index"
+            )
 
 
 def _bare(path: Path, corpus: Corpus, retriever_name: str, model: str | None) -> IndexInfo:

@@ -6,22 +6,26 @@ Clarke and Büttcher 2009, "Reciprocal Rank Fusion outperforms Condorcet and ind
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import logging
 import math
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from functools import partial
 from typing import Self
 
 from verl.errors import ConfigError, RetrieverError
-from verl.retrieval.engine import Engine, EngineInfo, check_topk, digest
+from verl.retrieval.batching import MicroBatcher
+from verl.retrieval.engine import Engine, EngineInfo, as_live, check_topk, digest
 from verl.types import Document, SearchResult
 
 logger = logging.getLogger(__name__)
 
 RRF_K = 60
 FUSION_DEPTH = 100
+_BATCH_QUERIES = 64
 
 Answer = SearchResult | RetrieverError
 
@@ -36,7 +40,7 @@ class HybridEngine:
     ids of different corpora may coincide, and id, title and text must all be equal: documents that share nothing but
     their id stay apart, and a result can then hold an id twice.
 
-    Equal scores come in the order of id, then title and text.
+    Equal scores come in the order of id, then title and text. It is live where one of its engines is.
 
     Attributes:
         partial: results that lack an engine's ranking so far; always 0 with `require_all`.
@@ -77,6 +81,10 @@ class HybridEngine:
         self._one_corpus = _one_corpus(self._engines)
         self._depths = [min(depth, engine.info.max_topk) for engine in engines]
         self._threads = tuple(threads) if threads is not None else _threads(len(engines))
+        self._batchers: list[MicroBatcher[str, SearchResult]] = [
+            MicroBatcher(partial(self._search_batch, number), max_items=_BATCH_QUERIES, window_s=0.0)
+            for number in range(len(engines))
+        ]
         self.partial = 0
         if not self._one_corpus:
             logger.info("hybrid: the engines search different corpora; documents are one where id, title and text are")
@@ -121,12 +129,39 @@ class HybridEngine:
         answers = self._ask_all(queries)
         return [self._fused(query, [answer[row] for answer in answers], topk) for row, query in enumerate(queries)]
 
+    @property
+    def live(self) -> bool:
+        """Whether one of the engines is; see `verl.retrieval.engine.LiveEngine`."""
+        return any(as_live(engine) for engine in self._engines)
+
+    async def answer(self, query: str, topk: int) -> Answer:
+        """Return the result of one query. Live engines are asked for it at once, an index in batches of its own."""
+        check_topk(topk, self._info)
+        answers = await asyncio.gather(*(self._ask(number, query) for number in range(len(self._engines))))
+        return self._fused(query, answers, topk)
+
     def close(self) -> None:
         """Close every engine, also when one of them cannot be closed."""
         with ExitStack() as stack:
             for engine, thread in zip(self._engines, self._threads, strict=True):
                 stack.callback(thread.shutdown)
                 stack.callback(_close, thread, engine)
+
+    async def _ask(self, number: int, query: str) -> Answer:
+        """Return one engine's answer to one query."""
+        live = as_live(self._engines[number])
+        try:
+            if live is not None:
+                return await live.answer(query, self._depths[number])
+            (result,) = await self._batchers[number].submit([query])
+        except RetrieverError as error:
+            return error
+        return result
+
+    async def _search_batch(self, number: int, queries: list[str]) -> Sequence[Answer]:
+        """Search one engine in its thread."""
+        search, loop = self._engines[number].search, asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads[number], search, queries, self._depths[number])
 
     def _ask_all(self, queries: Sequence[str]) -> list[Sequence[Answer]]:
         """Return each engine's answers; an error that concerned its whole call stands for every query."""
@@ -185,7 +220,9 @@ def _close(thread: ThreadPoolExecutor, engine: Engine) -> None:
 
 def _check(engines: Sequence[Engine], weights: Sequence[float], k: int, depth: int) -> None:
     if len(engines) < 2:
-        raise ConfigError(f"hybrid: {len(engines)} engines came; expected at least two, so pass several --index_path")
+        raise ConfigError(
+            f"hybrid: {len(engines)} engines came; expected at least two, so pass several --index_path or --fuse_with"
+        )
     if len(weights) != len(engines):
         raise ConfigError(f"hybrid: {len(weights)} weights for {len(engines)} engines; expected one for each")
     if not all(math.isfinite(weight) and weight > 0 for weight in weights):

@@ -27,8 +27,25 @@ class LoopThread:
             future.cancel()
             raise
 
+    async def call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do the same for a coroutine in another loop; `work` is cancelled with it."""
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._loop.is_closed()
+
     def close(self) -> None:
-        """Stop the loop when its work is done; nothing can be run afterwards."""
+        """Cancel what still runs and stop the loop; nothing can be run afterwards."""
+        self.run(_cancel_others())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+async def _cancel_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)

@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from verl.errors import ConfigError
+from verl.errors import ConfigError, DataError
 from verl.retrieval.corpus import Corpus, OnError
 from verl.retrieval.encoder_spec import ENCODERS, EncoderConfig, Precision, read_overrides
-from verl.retrieval.engine import INFO_NAME, Engine, IndexInfo, check_info, open_index
+from verl.retrieval.engine import INFO_NAME, Engine, IndexInfo, as_live, check_info, open_index
 from verl.retrieval.replay import ReplayMode
 from verl.retrieval.search_config import SearchConfig
 from verl.retrieval.settings import RETRIEVERS, LuceneSearch, OnSyntaxError, QuerySyntax
@@ -42,6 +42,7 @@ _CONCERNS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("a dense index", tuple(ENCODERS), _OF_DENSE),
     ("a Lucene index", ("lucene",), ("query_syntax", "on_syntax_error", "lucene_k1", "lucene_b")),
     ("a web service", REMOTE, ("web_cache", "web_cache_mode", "web_pages", "web_base_url")),
+    ("a hybrid", (HYBRID,), ("fuse_with", "fusion_weights", "require_all", "rrf_k", "fusion_depth")),
 )
 """Options that only some retrievers have: what these are, their names, the options."""
 
@@ -52,8 +53,8 @@ class EngineOptions:
 
     Attributes:
         retriever_name: an index's retriever, `hybrid`, a web service, or `colbert_api` for a server of ColBERT's shape.
-        index_path: the index; several for `hybrid`, none for the web and other servers.
-        corpus_path: what was indexed; None for the web and other servers.
+        index_path: the index; any number for `hybrid`, none for the web and other servers.
+        corpus_path: what was indexed; None for the web and other servers, and for a `hybrid` of these alone.
         corpus_cache: folder of the converted corpus, beside the corpus when None.
         on_error: what to do about a malformed line of the corpus.
         threads: CPU threads of a search, what the process may use when None.
@@ -69,8 +70,12 @@ class EngineOptions:
         on_syntax_error: of a Lucene index, that of the index when None.
         lucene_k1: of a Lucene index, that of the index when None.
         lucene_b: as above.
-        rrf_k: see `verl.retrieval.fusion`.
-        fusion_depth: documents of each index that are fused.
+        fuse_with: web services and other servers that a `hybrid` asks beside its indexes.
+        fusion_weights: of the rankings of a `hybrid`, in the order of `index_path` and then of `fuse_with`; all 1 when
+            empty.
+        require_all: see `verl.retrieval.fusion`, as for the next two.
+        rrf_k: as above.
+        fusion_depth: as above.
         rerank_model: cross-encoder that orders the best documents anew, None for no such stage.
         rerank_kind: what that model is; `late_interaction` is ColBERT's (`verl.retrieval.late_interaction`).
         rerank_depth: how many it orders.
@@ -99,6 +104,9 @@ class EngineOptions:
     on_syntax_error: OnSyntaxError | None = None
     lucene_k1: float | None = None
     lucene_b: float | None = None
+    fuse_with: tuple[str, ...] = ()
+    fusion_weights: tuple[float, ...] = ()
+    require_all: bool = True
     rrf_k: int = 60
     fusion_depth: int = 100
     rerank_model: str | None = None
@@ -119,28 +127,52 @@ class EngineOptions:
         if name in REMOTE and (count or self.corpus_path):
             where = "the web" if name in WEB else "another server"
             raise ConfigError(f"retriever_name={name} searches {where}; leave --index_path and --corpus_path out")
-        if name not in (*REMOTE, "lucene") and self.corpus_path is None:
+        needs_corpus = bool(count) if name == HYBRID and self.fuse_with else name not in (*REMOTE, "lucene")
+        if needs_corpus and self.corpus_path is None:
             raise ConfigError(f"retriever_name={name} needs --corpus_path, the corpus that was indexed")
-        if name == HYBRID and count < 2:
-            raise ConfigError(f"retriever_name=hybrid came with {count} --index_path; expected at least two")
         if name in RETRIEVERS and count != 1:
             raise ConfigError(f"retriever_name={name} came with {count} --index_path; expected one")
         for option, known in (("on_error", OnError), ("web_cache_mode", ReplayMode), ("rerank_kind", RerankKind)):
             value = getattr(self, option)
             if value not in get_args(known) and not (option == "web_cache_mode" and value is None):
                 raise ConfigError(f"{option}={value!r}; expected one of {', '.join(get_args(known))}")
-        if name != HYBRID:
+        if name == HYBRID:
+            self._check_fusion()
+        else:
             self.check_concerns((name,))
+
+    def _check_fusion(self) -> None:
+        indexes, others = len(self.index_path), len(self.fuse_with)
+        if indexes + others < 2:
+            beside = f" and {others} --fuse_with" if others else ""
+            raise ConfigError(
+                f"retriever_name=hybrid came with {indexes} --index_path{beside}; expected at least two, --fuse_with "
+                "included"
+            )
+        if not set(self.fuse_with) <= set(REMOTE) or len(set(self.fuse_with)) < others:
+            raise ConfigError(f"fuse_with={' '.join(self.fuse_with)}; expected some of {', '.join(REMOTE)}, each once")
+        if self.fusion_weights and len(self.fusion_weights) != indexes + others:
+            raise ConfigError(
+                f"{len(self.fusion_weights)} --fusion_weights came for {indexes} --index_path and {others} "
+                "--fuse_with; expected one for each, in that order"
+            )
+        if not indexes and self.corpus_path is not None:
+            raise ConfigError("retriever_name=hybrid came with --corpus_path but no --index_path; leave it out")
+        if others > 1 and self.web_base_url is not None:
+            raise ConfigError(f"web_base_url is one service's, and {others} --fuse_with came; leave --web_base_url out")
 
     def check_concerns(self, names: Sequence[str]) -> None:
         """Refuse options that none of the opened retrievers has, rather than search otherwise than was asked for.
+
+        Args:
+            names: of what is opened; of a `hybrid`, its parts.
 
         Raises:
             ConfigError: names the option.
         """
         usual = {item.name: item.default for item in fields(self)}
         for kind, retrievers, options in _CONCERNS:
-            if not set(names).isdisjoint(retrievers):
+            if not {self.retriever_name, *names}.isdisjoint(retrievers):
                 continue
             for option in options:
                 value = getattr(self, option)
@@ -177,8 +209,10 @@ def open_engine(options: EngineOptions) -> Opened:
         ConfigError: an option does not fit the index, or a model, a key or a device is missing.
         DataError: the corpus or an index is missing or damaged, or they do not belong together.
     """
-    remote = options.retriever_name in REMOTE
-    opened = Opened(_remote(options) if remote else _local(options), not remote or options.replay_mode == "replay")
+    name = options.retriever_name
+    engine = _remote(options, name) if name in REMOTE else _local(options)
+    # Which engine was well decides what a hybrid that needs not all of them finds.
+    opened = Opened(engine, as_live(engine) is None and options.require_all)
     if options.rerank_model is None:
         return opened
     with ExitStack() as stack:
@@ -199,14 +233,16 @@ def _local(options: EngineOptions) -> Engine:
         return _index(options, options.index_path[0], options.retriever_name, options.retriever_model, corpus)
     from verl.retrieval.fusion import HybridEngine
 
-    parts = [partial(_index, options, path, name, model, corpus) for path, name, model in _parts(options)]
-    return HybridEngine.open(parts, k=options.rrf_k, depth=options.fusion_depth)
+    indexes = [partial(_index, options, path, name, model, corpus) for path, name, model in _parts(options)]
+    others = [partial(_remote, options, name) for name in options.fuse_with]
+    weights = options.fusion_weights or None
+    return HybridEngine.open([*indexes, *others], weights, options.rrf_k, options.fusion_depth, options.require_all)
 
 
 def _parts(options: EngineOptions) -> list[tuple[Path, str, str | None]]:
     """Return path, retriever and encoder of each index; the retriever stands in the index itself."""
     names = [_retriever_of(path) for path in options.index_path]
-    options.check_concerns(names)
+    options.check_concerns((*names, *options.fuse_with))
     dense = [name for name in names if name in ENCODERS]
     if options.retriever_model is not None and len(dense) != 1:
         raise ConfigError(
@@ -218,11 +254,21 @@ def _parts(options: EngineOptions) -> list[tuple[Path, str, str | None]]:
 
 
 def _retriever_of(path: Path) -> str:
-    """Return the retriever of an index; one that came without `index.json` is taken for Lucene's, or refused."""
+    """Return the retriever of an index; one that came without `index.json` is taken for Lucene's, or refused.
+
+    Raises:
+        DataError: there is no index, or a bare FAISS file, which does not say whose vectors it holds.
+    """
     folder = _folder(path)
-    if (folder / INFO_NAME).exists() or not any(folder.glob("segments_*")):
-        return IndexInfo.load(folder).retriever
-    return "lucene"
+    if not (folder / INFO_NAME).exists():
+        if any(folder.glob("segments_*")):
+            return "lucene"
+        if path.is_file() or any(path.glob("*.index")):
+            raise DataError(
+                f"index {path} has no {INFO_NAME} to say which encoder it is of, which a hybrid has to know; run "
+                "`python -m verl.retrieval.build import` with it, its --corpus_path and --retriever_name first"
+            )
+    return IndexInfo.load(folder).retriever
 
 
 def _folder(path: Path) -> Path:
@@ -233,6 +279,8 @@ def _index(options: EngineOptions, path: Path, name: str, model: str | None, cor
     if name == "lucene":
         return _lucene(options, path, corpus)
     assert corpus is not None  # the options were checked
+    if name not in ENCODERS:
+        return open_index(path, corpus, name, threads=options.threads)
     search = SearchConfig(options.nprobe, options.ef_search, options.faiss_gpu)
     encoder = EncoderConfig(options.device, batch_tokens=options.batch_tokens, dtype=options.dtype)
     overrides = read_overrides(options.encoder_spec)
@@ -254,8 +302,8 @@ def _lucene(options: EngineOptions, path: Path, corpus: Corpus | None) -> Engine
     return lucene.open_engine(folder, corpus, info, search, options.threads)
 
 
-def _remote(options: EngineOptions) -> Engine:
-    return _colbert_api(options) if options.retriever_name == COLBERT_API else _web(options)
+def _remote(options: EngineOptions, name: str) -> Engine:
+    return _colbert_api(options) if name == COLBERT_API else _web(options, name)
 
 
 def _colbert_api(options: EngineOptions) -> Engine:
@@ -265,12 +313,12 @@ def _colbert_api(options: EngineOptions) -> Engine:
     return colbert_client.open_engine(config)
 
 
-def _web(options: EngineOptions) -> Engine:
+def _web(options: EngineOptions, provider: str) -> Engine:
     from verl.retrieval import web
     from verl.retrieval.web_http import FetchConfig
 
     config = web.WebConfig(
-        provider=options.retriever_name,
+        provider=provider,
         base_url=options.web_base_url,
         pages=options.web_pages,
         cache=options.web_cache,

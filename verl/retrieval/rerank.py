@@ -7,10 +7,13 @@ import logging
 import math
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from verl.errors import ConfigError, RetrieverError
-from verl.retrieval.engine import Engine, EngineInfo, check_topk, digest
+from verl.retrieval.batching import MicroBatcher
+from verl.retrieval.engine import Engine, EngineInfo, as_live, check_topk, digest
+from verl.retrieval.engine_thread import EngineThread
 from verl.types import Document, SearchResult
 
 if TYPE_CHECKING:
@@ -26,6 +29,7 @@ _PAD_TO = 16
 _ROWS = 4
 _CPU_TOKENS = 1024
 _GPU_TOKENS = 65536
+_BATCH_PAIRS = 256
 
 Pair = tuple[str, Document]
 
@@ -193,6 +197,8 @@ class RerankEngine:
         self._reranker = reranker
         inner = engine.info
         self._depth = min(depth, inner.max_topk)
+        scoring = partial(EngineThread("rerank").call, reranker.score)
+        self._scoring: MicroBatcher[Pair, float] = MicroBatcher(scoring, max_items=_BATCH_PAIRS, window_s=0.0)
         self._info = EngineInfo(
             name=f"{inner.name}+rerank",
             documents=inner.documents,
@@ -216,6 +222,22 @@ class RerankEngine:
         return [
             first if isinstance(first, RetrieverError) else second for first, second in zip(found, ranked, strict=True)
         ]
+
+    @property
+    def live(self) -> bool:
+        """Whether the engine is; see `verl.retrieval.engine.LiveEngine`."""
+        return as_live(self._engine) is not None
+
+    async def answer(self, query: str, topk: int) -> SearchResult | RetrieverError:
+        """Return the result of one query, if the engine is live; pairs of concurrent calls are scored together."""
+        check_topk(topk, self._info)
+        live = as_live(self._engine)
+        assert live is not None  # else nobody may ask so
+        found = await live.answer(query, self._depth)
+        if isinstance(found, RetrieverError):
+            return found
+        scores = await self._scoring.submit([(query, document) for document in found.documents])
+        return ordered(query, found.documents, scores, topk)
 
     def close(self) -> None:
         """Close the engine."""

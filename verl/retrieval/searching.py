@@ -1,4 +1,4 @@
-"""What happens to a batch of queries in the engine's thread: file cache, engine, rendering."""
+"""What happens to a batch of queries in the engine's thread: file cache, engine, rendering; and to a live query."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from verl.errors import RetrieverError
-from verl.retrieval.engine import Engine
+from verl.retrieval.engine import Engine, LiveEngine
 from verl.retrieval.metrics import ServiceMetrics
 from verl.retrieval.result_cache import DiskCache
 from verl.retrieval.wire import Rendered, render
@@ -128,6 +128,26 @@ class Searcher:
         if len(results) != len(queries):
             raise RuntimeError(f"the engine gave {len(results)} results for {len(queries)} queries")
         return results
+
+
+class LiveSearcher:
+    """Asks a live engine for single queries; belongs to one event loop."""
+
+    def __init__(self, engine: LiveEngine, metrics: ServiceMetrics) -> None:
+        self._engine = engine
+        self._metrics = metrics
+
+    async def __call__(self, job: Job) -> Rendered | Exception:
+        """Answer a job, if with what went wrong."""
+        start = time.perf_counter()
+        try:
+            result: SearchResult | Exception = await self._engine.answer(job.query, job.topk)
+        except Exception as error:  # whatever an engine raises concerns this query, not the service
+            logger.error("%s: a search failed", self._engine.info.name, exc_info=error)
+            result = error
+        self._metrics.engine_seconds.observe(time.perf_counter() - start)
+        self._metrics.searched.inc()
+        return _rendered(result)
 
 
 def _size_class(topk: int) -> int:

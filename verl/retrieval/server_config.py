@@ -45,8 +45,8 @@ class ServerConfig:
         limits: what one request may ask for.
         batch_queries: most queries that go to the engine at once.
         batch_window_ms: how long a batch waits for the queries of other requests.
-        max_queued_queries: queries that may wait for the engine in one worker; a request that would exceed it gets
-            503 with `Retry-After`.
+        max_queued_queries: queries that may wait for the engine in one worker (for an answer, where the engine asks the
+            web); a request that would exceed it gets 503 with `Retry-After`.
         max_connections: open connections of one worker; above it the one that has been silent longest is closed.
         max_body_mb: what all bodies on their way may hold together in one worker.
         header_timeout_s: how long a client may take to send the head of a request.

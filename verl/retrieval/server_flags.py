@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from verl.retrieval.corpus import OnError
 from verl.retrieval.encoder_spec import Precision
-from verl.retrieval.opening import NAMES, EngineOptions, RerankKind
+from verl.retrieval.opening import NAMES, REMOTE, EngineOptions, RerankKind
 from verl.retrieval.replay import ReplayMode
 from verl.retrieval.server_config import CacheConfig, ServerConfig
 from verl.retrieval.settings import OnSyntaxError, QuerySyntax
@@ -47,7 +47,7 @@ _REQUEST = {
 }
 _STAGES = {
     "rrf_k": "hybrid: the larger, the less the first ranks stand out",
-    "fusion_depth": "hybrid: documents of each index that are fused",
+    "fusion_depth": "hybrid: documents of each part that are fused",
     "rerank_depth": "documents that the cross-encoder orders anew",
     "web_rate": "web: requests in a second, of all workers together",
     "web_pages": "web: most pages of ten results that one query asks for",
@@ -81,7 +81,7 @@ def engine_options(args: argparse.Namespace) -> EngineOptions:
     Raises:
         ConfigError: they do not go together.
     """
-    lists = {"index_path": tuple(args.index_path), "encoder_spec": tuple(args.encoder_spec)}
+    lists = {name: tuple(getattr(args, name)) for name in ("index_path", "encoder_spec", "fuse_with", "fusion_weights")}
     return EngineOptions(**{**_given(EngineOptions, args), **lists})
 
 
@@ -145,6 +145,27 @@ def _add_stages(add: Add) -> None:
     add("--on_syntax_error", choices=get_args(OnSyntaxError), help="lucene: what a malformed Boolean query gets")
     add("--lucene_k1", type=float, help="lucene: BM25's k1 (default: the index's)")
     add("--lucene_b", type=float, help="lucene: BM25's b (default: the index's)")
+    add(
+        "--fuse_with",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f"hybrid: what is searched beside the indexes, some of {', '.join(REMOTE)}",
+    )
+    add(
+        "--fusion_weights",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="WEIGHT",
+        help="hybrid: one for each --index_path, then one for each --fuse_with (default: all 1)",
+    )
+    add(
+        "--require_all",
+        action=argparse.BooleanOptionalAction,
+        default=_default(EngineOptions, "require_all"),
+        help="hybrid: whether a query fails where one part fails, or else is answered by the others",
+    )
     add("--rerank_model", help="model that orders the best documents anew; with it POST /rerank is served too")
     add("--rerank_kind", choices=get_args(RerankKind), default=_default(EngineOptions, "rerank_kind"), help="its kind")
     add("--web_base_url", help="web: another host that speaks the service's format; colbert_api: the search")

@@ -8,16 +8,18 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from enum import Enum
+from functools import partial
 from typing import Any, TypeVar
 
 from verl.errors import ConfigError
 from verl.retrieval.batching import MicroBatcher
-from verl.retrieval.engine import Engine, EngineInfo, extent
+from verl.retrieval.engine import Engine, EngineInfo, LiveEngine, as_live, extent
 from verl.retrieval.engine_thread import EngineThread
 from verl.retrieval.metrics import ServiceMetrics
 from verl.retrieval.result_cache import DiskCache, MemoryCache
-from verl.retrieval.searching import Job, Searcher
+from verl.retrieval.searching import Job, LiveSearcher, Searcher
 from verl.retrieval.server_config import MEGABYTE, ServerConfig
+from verl.retrieval.singly import Singly
 from verl.retrieval.wire import RefusedRequest, Rendered
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ class State(str, Enum):
 class SearchService:
     """Answers queries with one engine, which is called from one thread with the queries of many requests at once.
 
+    A live engine (`verl.retrieval.engine.LiveEngine`) is asked for each query as it comes, without a thread.
     Belongs to one event loop. It answers from `start` on; `call` opens an engine in the thread that will search it.
     """
 
@@ -50,14 +53,13 @@ class SearchService:
         self.metrics = metrics or ServiceMetrics()
         self.state = State.LOADING
         self._engine: Engine | None = None
-        self._searcher: Searcher | None = None
         self._memory: MemoryCache | None = None
         self._disk: DiskCache | None = None
         self._thread = EngineThread("engine")
-        self._batcher: MicroBatcher[Job, Rendered] = MicroBatcher(
-            self._run, max_items=config.batch_queries, window_s=config.batch_window_ms / 1000
-        )
+        self._queue: MicroBatcher[Job, Rendered] | Singly[Job, Rendered] | None = None
         self._queries_per_s = 0.0
+        self._live = False
+        self._left_behind = False
 
     @property
     def info(self) -> EngineInfo:
@@ -73,14 +75,19 @@ class SearchService:
 
     @property
     def busy(self) -> bool:
-        """Whether the engine is being opened or called, which cannot be interrupted."""
-        return self._thread.busy
+        """Whether the engine is being opened or called, which cannot be interrupted, or was left so by `close`."""
+        return self._thread.busy or self._left_behind
+
+    @property
+    def waiting(self) -> int:
+        """Queries that are in no batch yet; of a live engine, those without an answer."""
+        return self._queue.waiting if self._queue is not None else 0
 
     def start(self, engine: Engine, cacheable: bool = True) -> None:
         """Serve an engine from now on.
 
         Args:
-            cacheable: whether its results may be kept; not if they change in time, as the web's do.
+            cacheable: whether its results may be kept; those of a live engine never are.
 
         Raises:
             ConfigError: the default `topk` exceeds what the engine gives, or the cache file cannot be used.
@@ -88,12 +95,14 @@ class SearchService:
         info, cache = engine.info, self.config.cache
         if self.config.topk > info.max_topk:
             raise ConfigError(f"topk={self.config.topk} exceeds {extent(info)}; lower --topk")
-        cacheable = cacheable and bool(info.fingerprint)
+        live = as_live(engine)
+        cacheable = cacheable and live is None and bool(info.fingerprint)
         if cacheable and cache.memory_mb:
             self._memory = MemoryCache(int(cache.memory_mb * MEGABYTE))
         if cacheable and cache.path is not None:
             self._disk = DiskCache(cache.path, info.fingerprint, int(cache.disk_mb * MEGABYTE))
-        self._searcher = Searcher(engine, self._disk, self.metrics, self.config.limits.max_documents)
+        self._queue = self._batches(engine) if live is None else self._singles(live)
+        self._live = live is not None
         self._engine = engine
         self.state = State.READY
         self.metrics.ready.set(1)
@@ -108,6 +117,7 @@ class SearchService:
         Raises:
             RefusedRequest: with status 503 when too many queries wait already.
         """
+        assert self._queue is not None  # `info` was asked before
         results: list[Rendered | Exception | None] = [self._known(query, topk) for query in queries]
         unknown = [at for at, result in enumerate(results) if result is None]
         self._admit(len(unknown))
@@ -115,14 +125,14 @@ class SearchService:
         if len(unknown) < len(queries):
             self.metrics.cache_hits.labels("memory").inc(len(queries) - len(unknown))
         if unknown:
-            answers = await self._batcher.gather([Job(queries[at], topk) for at in unknown])
+            answers = await self._queue.gather([Job(queries[at], topk) for at in unknown])
             for at, answer in zip(unknown, answers, strict=True):
                 results[at] = answer
         return results  # type: ignore[return-value]  # none is missing
 
     def expects_to_wait(self) -> bool:
-        """Whether a query that comes now waits so long that its caller may be gone before its turn."""
-        return self._batcher.waiting > _SLOW_WAIT_S * self._queries_per_s > 0
+        """Whether a query that comes now may wait so long that its caller is gone before its turn."""
+        return self._live or self.waiting > _SLOW_WAIT_S * self._queries_per_s > 0
 
     def drain(self) -> None:
         """Say from now on that requests should go elsewhere; those that come are still answered."""
@@ -135,25 +145,27 @@ class SearchService:
         self.drain()
         try:
             async with asyncio.timeout(self.config.shutdown_timeout_s):
-                await self._batcher.drain()
+                if self._queue is not None:
+                    await self._queue.drain()
                 for closing in (self._engine, self._disk):
                     if closing is not None:
                         await self.call(closing.close)
         except TimeoutError:
+            self._left_behind = True
             logger.error("a search did not end within %g s; leaving without it", self.config.shutdown_timeout_s)
         if not self.busy:
             self._thread.stop(_CLOSE_TIMEOUT_S)
 
     def report(self) -> bytes:
         """Return the metrics of all workers in Prometheus' text format; reads files, so it may block."""
-        self.metrics.queued.set(self._batcher.waiting)
+        self.metrics.queued.set(self.waiting)
         return self.metrics.render()
 
     def _known(self, query: str, topk: int) -> Rendered | None:
         return self._memory.get(query, topk) if self._memory is not None else None
 
     def _admit(self, queries: int) -> None:
-        waiting, most = self._batcher.waiting, self.config.max_queued_queries
+        waiting, most = self.waiting, self.config.max_queued_queries
         if not queries or waiting + queries <= most:
             return
         seconds = math.ceil(waiting / self._queries_per_s) if self._queries_per_s else 1
@@ -164,15 +176,37 @@ class SearchService:
             retry_after_s=min(max(seconds, 1), _MOST_RETRY_S),
         )
 
-    async def _run(self, jobs: list[Job]) -> Sequence[Rendered | Exception]:
+    def _batches(self, engine: Engine) -> MicroBatcher[Job, Rendered]:
+        """Return a queue that runs many queries at once, in the engine's thread."""
+        searcher = Searcher(engine, self._disk, self.metrics, self.config.limits.max_documents)
+        window_s = self.config.batch_window_ms / 1000
+        return MicroBatcher(partial(self._run, searcher), max_items=self.config.batch_queries, window_s=window_s)
+
+    def _singles(self, engine: LiveEngine) -> Singly[Job, Rendered]:
+        """Return a queue that runs every query at once, and alone."""
+        searcher = LiveSearcher(engine, self.metrics)
+
+        async def ask(job: Job) -> Rendered | Exception:
+            start = time.perf_counter()
+            answer = await searcher(job)
+            # As many as wait are answered in the time that one takes (Little's law).
+            self._note_rate(self.waiting, time.perf_counter() - start)
+            return answer
+
+        return Singly(ask)
+
+    async def _run(self, searcher: Searcher, jobs: list[Job]) -> Sequence[Rendered | Exception]:
         self.metrics.batch_queries.observe(len(jobs))
-        self.metrics.queued.set(self._batcher.waiting)
+        self.metrics.queued.set(self.waiting)
         start = time.perf_counter()
-        searched = await self._thread.call(self._searcher, jobs)
-        rate = len(jobs) / max(time.perf_counter() - start, 1e-6)
-        weight = _RATE_WEIGHT if self._queries_per_s else 1.0
-        self._queries_per_s += weight * (rate - self._queries_per_s)
+        searched = await self._thread.call(searcher, jobs)
+        self._note_rate(len(jobs), time.perf_counter() - start)
         if self._memory is not None:
             for found in searched.found:
                 self._memory.put(*found)
         return searched.answers
+
+    def _note_rate(self, queries: int, seconds: float) -> None:
+        rate = queries / max(seconds, 1e-6)
+        weight = _RATE_WEIGHT if self._queries_per_s else 1.0
+        self._queries_per_s += weight * (rate - self._queries_per_s)

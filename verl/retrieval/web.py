@@ -6,19 +6,19 @@ no log, message or file. Every answer can be kept in a file and replayed (see `v
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from verl.errors import ConfigError, RetrieverError
-from verl.retrieval.engine import EngineInfo, check_topk, digest
+from verl.retrieval.engine import EngineInfo, digest
+from verl.retrieval.remote import RemoteEngine
 from verl.retrieval.replay import ReplayCache, ReplayMode, ReplayRequest
 from verl.retrieval.web_formats import APIS, PAGE_RESULTS, Api, Page, shortened
-from verl.retrieval.web_http import FetchConfig, Fetcher, LoopThread, Secrets, check_base_url
+from verl.retrieval.web_http import FetchConfig, Fetcher, Secrets, check_base_url
 from verl.types import Document, SearchResult
 
 _CODE = re.compile(r"[A-Za-z]{2,3}(-[A-Za-z]{2,4})?")
@@ -64,14 +64,12 @@ class WebConfig:
             check_base_url(self.base_url)
 
 
-class WebEngine:
-    """An `Engine` that asks the web; a query that cannot be answered gets an error of its own.
+class WebEngine(RemoteEngine):
+    """An `Engine` that asks the web.
 
     Documents come in the service's order (see `verl.retrieval.web_formats`), each with the score `1 / rank`, because
     the services give none. An organic result's id is its link; the other documents have ids with a hash of their text.
     Unlike the published server, which adds answer box and questions to `topk` organic results, `topk` counts them all.
-
-    Calls may be concurrent.
     """
 
     def __init__(self, config: WebConfig, fetcher: Fetcher | None, deciding: Secrets, cache: ReplayCache) -> None:
@@ -83,43 +81,12 @@ class WebEngine:
         """
         self._config = config
         self._api: Api = APIS[config.provider]
-        self._cache = cache
         self._parameters = {name: code for name, code in (("hl", config.language), ("gl", config.country)) if code}
         self._identity = {name: digest(value)[:16] for name, value in deciding.placed("query").items()}
-        self._info = self._describe()
-        self._fetcher = fetcher
-        self._loop = LoopThread(f"web-{config.provider}")
+        super().__init__(self._describe(), fetcher, cache)
 
-    @property
-    def info(self) -> EngineInfo:
-        """What this is. The web changes: one fingerprint does not promise equal answers, except in mode `replay`."""
-        return self._info
-
-    def search(self, queries: Sequence[str], topk: int) -> list[SearchResult | RetrieverError]:
-        """Return one result or error per query, in order; see `Engine.search`."""
-        check_topk(topk, self._info)
-        return self._loop.run(self._search_all(queries, topk))
-
-    def close(self) -> None:
-        """Close connections, thread and cache."""
-        if self._loop.closed:
-            return
-        if self._fetcher is not None:
-            self._loop.run(self._fetcher.aclose())
-        self._loop.close()
-        self._cache.close()
-
-    async def _search_all(self, queries: Sequence[str], topk: int) -> list[SearchResult | RetrieverError]:
-        distinct = list(dict.fromkeys(queries))
-        found = await asyncio.gather(*(self._search(query, topk) for query in distinct))
-        results = dict(zip(distinct, found, strict=True))
-        return [results[query] for query in queries]
-
-    async def _search(self, query: str, topk: int) -> SearchResult | RetrieverError:
-        try:
-            documents = (await self._documents(query, topk))[:topk]
-        except RetrieverError as error:
-            return RetrieverError(f"{self._config.provider}: {error}")
+    async def _find(self, query: str, topk: int) -> SearchResult:
+        documents = (await self._documents(query, topk))[:topk]
         return SearchResult(query, documents, tuple(1 / rank for rank in range(1, len(documents) + 1)))
 
     async def _documents(self, query: str, topk: int) -> tuple[Document, ...]:

@@ -8,14 +8,12 @@ import logging
 import math
 import random
 import re
-import threading
 import time
 import urllib.request
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 import httpx
@@ -25,8 +23,6 @@ from verl.retrieval.rate_limit import SlidingWindow, Turn
 from verl.retrieval.web_formats import Call, Credential, error_reason, shortened
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _KEY = re.compile(r"[A-Za-z0-9._:~-]{8,}")
@@ -40,7 +36,8 @@ class FetchConfig:
     Attributes:
         rate: requests in any second, retries included; a whole number of them or an even spacing (see
             `verl.retrieval.rate_limit`). It is one process's rate: with several server processes, divide.
-        concurrency: requests on their way at the same time.
+        concurrency: requests on their way at the same time. The default lets as many hang until their timeout as the
+            rate lets go, so that the rate alone keeps a query waiting.
         timeout_s: for one attempt, from connecting to the last byte.
         attempts: most requests for one answer.
         backoff_s: mean wait before the second attempt; it doubles with every further one.
@@ -50,7 +47,7 @@ class FetchConfig:
     """
 
     rate: float = 5.0
-    concurrency: int = 8
+    concurrency: int = 100
     timeout_s: float = 20.0
     attempts: int = 4
     backoff_s: float = 0.5
@@ -233,30 +230,6 @@ class Fetcher:
         left_s = self._blocked_until - self._clock()
         if left_s > 0:
             raise RetrieverError(f"the service asked to be left alone for {left_s:.0f} s more; ask again after that")
-
-
-class LoopThread:
-    """An event loop in a thread of its own, for code that blocks."""
-
-    def __init__(self, name: str) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
-        self._thread.start()
-
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run in the loop, and return or raise what came of it."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-
-    @property
-    def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._loop.is_closed()
-
-    def close(self) -> None:
-        """Stop the loop, once, when its work is done."""
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
 
 
 class _Unavailable(Exception):
