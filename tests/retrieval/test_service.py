@@ -32,11 +32,17 @@ from verl.retrieval.server_config import ServerConfig
 pytestmark = pytest.mark.integration
 
 
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
 @contextlib.contextmanager
-def running(*arguments: object, module: str = "verl.retrieval.server") -> Iterator[subprocess.Popen[str]]:
-    """A server process that ends with the test."""
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+def running(
+    *arguments: object, module: str = "verl.retrieval.server", script: str | None = None, **variables: object
+) -> Iterator[subprocess.Popen[str]]:
+    """A server process, of a module or of a script with variables, that ends with the test."""
+    start = (sys.executable, "-m", module) if script is None else ("bash", SCRIPTS / script)
+    environment = {**os.environ, "PYTHON": sys.executable, **{name: str(value) for name, value in variables.items()}}
+    process = subprocess.Popen(list(map(str, (*start, *arguments))), env=environment, stderr=subprocess.PIPE, text=True)
     try:
         yield process
     finally:
@@ -57,14 +63,15 @@ def served(tmp_path: Path) -> tuple[object, ...]:
     return "--index_path", tmp_path / "index", "--corpus_path", corpus.path, "--retriever_name", "bm25", "--topk", 2
 
 
-def test_build_and_serve_from_the_command_line(tmp_path: Path) -> None:
-    corpus = write_corpus(tmp_path / "corpus.jsonl")
-    build = [sys.executable, "-m", "verl.retrieval.build", "--retriever_name", "minilm", "--corpus_path", corpus]
-    subprocess.run([*build, "--save_dir", tmp_path / "index", "--device", "cpu"], check=True, capture_output=True)
-    port = free_port()
-    index = tmp_path / "index" / "minilm_Flat.index"
-    paths = ("--index_path", index, "--corpus_path", corpus, "--retriever_name", "minilm", "--port", port)
-    with running(*paths, "--threads", 1) as process:
+def test_build_and_serve_by_the_scripts(tmp_path: Path) -> None:
+    folder, port = tmp_path / "index", free_port()
+    what = {"RETRIEVER_NAME": "minilm", "CORPUS_PATH": write_corpus(tmp_path / "corpus.jsonl")}
+    with running("--device", "cpu", script="index_build/build_index.sh", SAVE_DIR=folder, **what) as build:
+        assert build.wait(timeout=200) == 0
+    where = {"INDEX_PATH": folder / "minilm_Flat.index", "PORT": port}
+    flags, script = ("--threads", 1, "--device", "cpu", "--topk", 3), "deploy_retriever/retrieval_launch.sh"
+    with running(*flags, script=script, **where, **what) as process:
+        until(lambda: process.poll() is not None or status(port, "/ready") == 200, 200.0)
         queries = ["which metal melts easily", "what is the seat of the German government"]
         results = search_sync(client_config(port), queries, 3)
         assert [result.documents[0].id for result in results] == ["d4", "d1"]
@@ -238,7 +245,7 @@ def test_sigterm_to_the_process_answers_what_is_in_flight(drain_s: float) -> Non
         until(lambda: status(port, "/ready") == 200)
         with ThreadPoolExecutor(8) as threads:
             asked = [threads.submit(search_sync, client_config(port, 0.0), [f"q{n}"], 1) for n in range(6)]
-            time.sleep(0.5)
+            until(lambda: counted(port, "retriever_queries_total") == 6)
             process.send_signal(signal.SIGTERM)
             if drain_s:
                 until(lambda: status(port, "/ready") == 503)
