@@ -17,14 +17,14 @@ from verl.evaluation.retrieval_quality import Compared, check, compare, main, sa
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data"
-CLAIMS, DOCUMENTS = 40, 200
+CLAIMS, DOCUMENTS = 40, 120
 
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not here")
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first claims of SciFact, the abstracts that answer them, and as many more as make 200."""
+    """The first claims of SciFact, the abstracts that answer them, and as many more as make 120."""
     whole = tmp_path_factory.mktemp("scifact") / "whole"
     convert(SHARED / "scifact" / "scifact.zip", whole)
     qrels = (whole / "qrels" / "test.tsv").read_text().splitlines()

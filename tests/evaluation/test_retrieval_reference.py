@@ -68,7 +68,7 @@ def test_both_forms_of_a_corpus_are_read(tmp_path: Path) -> None:
     queries = [{"_id": 'q"1', "text": "what"}, {"_id": "other", "text": "not judged"}]
     (tmp_path / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in queries))
     assert reference.read(tmp_path, ["test"]) == reference.Judged(
-        {"a": "T one", "b": "U two"}, {'q"1': "what"}, {"test": {'q"1': {"a": 1}}}
+        {"a": '"T"\none', "b": '"U"\ntwo'}, {'q"1': "what"}, {"test": {'q"1': {"a": 1}}}
     )
 
 

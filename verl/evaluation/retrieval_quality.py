@@ -37,6 +37,8 @@ PUBLISHED: Mapping[tuple[str, RetrieverName, str], float] = {
     # Anserini's regression "BEIR (v1.0.0): SciFact", BM25 over a flat Lucene index.
     ("scifact/test", "bm25", "ndcg@10"): 0.6789,
     ("scifact/test", "bm25", "recall@100"): 0.9253,
+    # As known for all-MiniLM-L6-v2, to three digits; passages as BEIR has them, with a blank after the title.
+    ("scifact/test", "minilm", "ndcg@10"): 0.645,
 }
 
 
