@@ -18,7 +18,7 @@ from numba import uint64
 
 from verl.retrieval.compiled import compiled
 
-_WINDOW = 16_384
+_WINDOW = 32_768
 """Documents of a window, a power of two."""
 _CHUNK = 64
 """Sums that are compared with the floor at once; a window is a whole number of chunks."""
