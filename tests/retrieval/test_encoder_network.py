@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from transformers import AutoModel
 from tests.retrieval.encoder_models import WIDTH, write_distilbert, write_xlm_roberta
 from tests.retrieval.support import write_tiny_bert
 from verl.retrieval.encoder_network import Head, TransformersNetwork, load_model
-from verl.retrieval.encoder_packed import PackedNetwork, can_pack
+from verl.retrieval.encoder_packed import PackedNetwork, can_pack, rounded
+from verl.retrieval.metrics import resident_bytes
 
 TEXTS = [[2, 7, 8, 9, 3], [2, 3], [2, 9, 9, 9, 9, 9, 9, 9, 9, 9, 3], [2, 4, 5, 6, 3], [2, 1, 3]]
 POOLINGS = ("mean", "cls", "max", "last")
@@ -51,6 +53,24 @@ def test_only_a_bert_in_float32_on_a_cpu_is_packed(folder: Path) -> None:
             setattr(model.config, name, value)
             assert not can_pack(model)
             model = load_model(str(folder), torch.float32)
+
+
+def test_memory_does_not_grow_with_every_new_number_of_tokens(tmp_path: Path) -> None:
+    model = load_model(str(write_tiny_bert(tmp_path / "model", WIDTH)), torch.float32)
+    if not can_pack(model):
+        pytest.skip("this machine packs no network")
+    network = PackedNetwork(model, Head("mean", True))
+    network([[2] * 64] * 10)
+    before = resident_bytes(os.getpid())
+    for tokens in range(1, 501):
+        network([[2] * 9] * (tokens // 9) + [[2] * (tokens % 9)] * (tokens % 9 > 0))
+    assert resident_bytes(os.getpid()) - before < 200 * 2**20  # three times that without rounding
+
+
+def test_there_are_few_numbers_of_tokens_and_little_is_filled_up() -> None:
+    sizes = [rounded(tokens) for tokens in range(1, 2049)]
+    assert len(set(sizes)) < 80
+    assert all(tokens <= size <= 1.125 * tokens for tokens, size in enumerate(sizes, start=1))
 
 
 def test_padding_never_exceeds_the_models_positions(tmp_path: Path) -> None:

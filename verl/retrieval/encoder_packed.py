@@ -35,6 +35,22 @@ _SAME_LAYERS = ("BertModel", "RobertaModel", "XLMRobertaModel")
 """The models of transformers that differ in names and positions only."""
 
 
+_FILLER = (0,)
+"""A text of one token."""
+_STEPS = 8
+"""Numbers of tokens that a batch can have between one power of two and the next."""
+
+
+def rounded(tokens: int) -> int:
+    """Return the number of tokens that a batch of so many is filled up to, at most an eighth more.
+
+    oneDNN compiles a program for every number of rows that it meets and keeps it, which takes about half a millisecond
+    and half a megabyte for each linear map: without this, a service's memory rose by 800 MiB in 20,000 questions.
+    """
+    step = max(1, 2 ** (tokens.bit_length() - 1) // _STEPS)
+    return -(-tokens // step) * step
+
+
 def can_pack(model: PreTrainedModel) -> bool:
     """Whether `PackedNetwork` computes what `model` does, on this machine."""
     config = model.config
@@ -70,12 +86,17 @@ class PackedNetwork:
     @torch.inference_mode()
     def __call__(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
         """See `Network.__call__`; texts of one length should stand side by side."""
+        tokens = sum(map(len, texts))
+        padded = [*texts, *[_FILLER] * (rounded(tokens) - tokens)]
+        return self._head.finish(self._pooled(padded)[: len(texts)])
+
+    def _pooled(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
         runs = tuple((len(list(run)), length) for length, run in groupby(map(len, texts)))
         tokens = torch.tensor(list(chain.from_iterable(texts)))
         hidden = self._norm(nn.functional.embedding(tokens, self._words) + self._position_vectors(tokens, runs))
         for layer in self._layers:
             hidden = layer(hidden, runs)
-        return self._head.finish(_join([self._head.pool(part) for part in _cut(hidden, runs)]))
+        return _join([self._head.pool(part) for part in _cut(hidden, runs)])
 
     def _position_vectors(self, tokens: torch.Tensor, runs: _Runs) -> torch.Tensor:
         """Return the vector of each token's position in its text, (T, D)."""
