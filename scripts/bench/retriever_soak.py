@@ -1,11 +1,13 @@
 """Ask the retriever service for a long time and see whether its memory stays flat.
 
     python scripts/bench/retriever_soak.py --queries 200000
+    python scripts/bench/retriever_soak.py --retriever hybrid --documents 50000 --queries 20000
 
-A server process over BM25 and a small corpus gets queries in rounds from 64 connections: mostly new ones, some that
-were asked before, with all kinds of `topk`, and now and then a request that is wrong. After every round its resident
-memory is read, and at the end a line is fitted through the readings, without the first quarter, in which caches and
-the allocator fill up. Memory counts as flat when the line rises by less than 2 % over all rounds.
+A server process over a made-up corpus, with BM25, a dense index of random vectors (minilm) or both fused, gets queries
+in rounds from 64 connections: mostly new ones, some that were asked before, with all kinds of `topk`, and now and then
+a request that is wrong. After every round its resident memory is read, and at the end a line is fitted through the
+readings, without the first quarter, in which caches and the allocator fill up. Memory counts as flat when the line
+rises by less than 2 % over all rounds.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from retriever_load import Load
-from retriever_parts import Process, server, stop_in_order, write_world
+from retriever_parts import Process, index_random, server, stop_in_order, write_world
 
 from verl.retrieval.build import build_index
 from verl.retrieval.corpus import Corpus
@@ -33,6 +35,7 @@ _CLIENTS = 64
 _RARE_WORDS = 2000
 _WARM_UP = 0.25
 _FLAT = 0.02
+_INDEXES = {"bm25": ("bm25",), "minilm": ("minilm",), "hybrid": ("bm25", "minilm")}
 _WRONG = ('{"queries": []}', '{"queries": ["q"], "topk": 0}', '{"queries": [" "]}', "[", '{"queries": ["q"], "x": 1}')
 
 
@@ -68,13 +71,24 @@ def soak(process: Process, vocabulary: Sequence[str], args: argparse.Namespace) 
     return resident
 
 
+def build(corpus: Corpus, retriever: str, folder: Path) -> list[Path]:
+    """Write the retriever's indexes; return where they are."""
+    for name in _INDEXES[retriever]:
+        if name == "bm25":
+            build_index(corpus, name, folder / name)
+        else:
+            index_random(corpus, name, folder / name)
+    return [folder / name for name in _INDEXES[retriever]]
+
+
 def verdict(resident: Sequence[float]) -> tuple[bool, str]:
     """Say whether memory stayed flat, and how much it rose."""
     settled = resident[int(_WARM_UP * len(resident)) :]
     slope = statistics.linear_regression(range(len(settled)), settled).slope
     rise = slope * len(resident)
     flat = rise < _FLAT * resident[-1]
-    shown = f"{rise:+.1f} MiB over all rounds at the rate of the last {len(settled)}, of {resident[-1]:.1f} MiB"
+    shown = f"{rise:+.1f} MiB over all rounds at the rate of the last {len(settled)}; "
+    shown += f"{resident[0]:.1f} MiB after the first round, {resident[-1]:.1f} MiB after the last"
     return flat, f"memory is {'flat' if flat else 'NOT flat'}: {shown}"
 
 
@@ -83,6 +97,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description="Soak the retriever service.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    parser.add_argument("--retriever", choices=tuple(_INDEXES), default="bm25", help="what is searched")
     parser.add_argument("--queries", type=int, default=200_000, help="in all")
     parser.add_argument("--rounds", type=int, default=40, help="after each, memory is read")
     parser.add_argument("--documents", type=int, default=2000, help="size of the corpus")
@@ -94,8 +109,8 @@ def main() -> int:
         folder = Path(name)
         queries = write_world(folder / "corpus.jsonl", args.documents, 512, _RARE_WORDS, random.Random(args.seed))
         corpus = Corpus.open(folder / "corpus.jsonl")
-        build_index(corpus, "bm25", folder / "index")
-        flags = ("--index_path", folder / "index", "--corpus_path", corpus.path, "--retriever_name", "bm25")
+        paths = build(corpus, args.retriever, folder)
+        flags = ("--index_path", *paths, "--corpus_path", corpus.path, "--retriever_name", args.retriever)
         with server(("-m", "verl.retrieval.server", *flags), free_port()) as process:
             resident = soak(process, sorted({word for query in queries for word in query.split()}), args)
     flat, shown = verdict(resident)
