@@ -262,7 +262,7 @@ def test_a_search_that_does_not_end_does_not_keep_the_server(tmp_path: Path) -> 
         until(lambda: status(port, "/ready") == 200)
         with ThreadPoolExecutor(1) as threads:
             asked = threads.submit(search_sync, client_config(port, 0.0), ["q"], 1)
-            time.sleep(0.5)
+            until(lambda: counted(port, "retriever_queries_total") == 1)
             process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=30) == 0
             with pytest.raises(RetrieverError, match="gave no answer"):
