@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -62,6 +64,24 @@ async def test_documents_come_in_the_published_shape(corpus: Corpus) -> None:
         "prob": pytest.approx(math.e**2 / (math.e**2 + math.e)),
     }
     assert [hit["rank"] for hit in answer["topk"]] == [1, 2]
+
+
+async def test_a_query_whose_client_has_gone_is_not_searched(corpus: Corpus) -> None:
+    engine = FakeEngine(corpus, gate=threading.Event())
+    app = create_app(engine, CONFIG)
+    with live(app, CONFIG) as port:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as http:
+            first = asyncio.create_task(http.get("/api/search", params={"query": "first"}))
+            await asyncio.to_thread(engine.started.wait, 20)
+            with pytest.raises(httpx.ReadTimeout):
+                await http.get("/api/search", params={"query": "leaving"}, timeout=0.2)
+            async with asyncio.timeout(20):
+                while app.service.waiting:
+                    await asyncio.sleep(0.01)
+            engine.gate.set()
+            assert (await first).status_code == 200
+            assert (await http.get("/api/search", params={"query": "last"})).status_code == 200
+    assert [queries for queries, _ in engine.calls] == [["first"], ["last"]]
 
 
 @pytest.mark.parametrize(("k", "asked", "given"), [(None, 10, 8), ("3", 3, 3), ("100000", 100, 8)])

@@ -21,6 +21,7 @@ from starlette.datastructures import QueryParams
 from verl.errors import RetrieverError
 from verl.retrieval.openapi import ERROR, NOT_BLANK
 from verl.retrieval.service import SearchService
+from verl.retrieval.watching import while_connected
 from verl.retrieval.wire import RefusedRequest, RequestLimits
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,9 @@ def add_colbert_route(app: FastAPI, service: SearchService) -> None:
         """Return the best documents for `query`, `k` of them."""
         query, k = read_request(request.query_params, service.config.limits)
         # As many as there are: the published server, too, answers with fewer from a small index.
-        (result,) = await service.search([query], min(k, service.info.max_topk))
+        searching = service.search([query], min(k, service.info.max_topk))
+        await request.body()  # there is none, but it comes before the news that the client has gone
+        (result,) = await while_connected(searching, request.receive)
         if isinstance(result, RetrieverError):
             raise RefusedRequest(502, "query_failed", str(result), 0)
         if isinstance(result, Exception):
