@@ -254,8 +254,11 @@ def report(title: str, rows: Sequence[Row]) -> str:
     ratios = [one.rate / library.rate, many.rate / library.rate, library.cpu / one.cpu, library.cpu / many.cpu]
     added = one.cpu - engine.cpu
     limits = [2.5 * ms + _SERVER.batch_window_ms for ms in (of[ALONE].quantile_ms(0.5), 1000 / of[SINGLE].rate)]
+    of_clients = of[LIBRARY_OF_CLIENTS]
     lines += [
         "  service of library, 32 and 1000 clients: {:.2f}, {:.2f}; by CPU time {:.2f}, {:.2f}".format(*ratios),
+        f"  service, 32 clients, of library in batches of 32: {one.rate / of_clients.rate:.2f}; by CPU time "
+        f"{of_clients.cpu / one.cpu:.2f}",
         f"  service adds {added:.3f} ms of CPU to a query: 0.90 of an engine that takes {9 * added:.2f} ms or more",
         *(
             f"  service of {row.name}, 32 and 1000 clients, cache and groups: {one.rate / row.rate:.1f} x, "
