@@ -135,6 +135,25 @@ async def test_the_window_is_for_a_crowd(doubler: Doubler, callers: int, waits: 
     lone.cancel()
 
 
+@pytest.mark.parametrize(("batch_s", "item_s", "waits"), [(0.6, 0.0, True), (0.0, 0.02, False)])
+async def test_the_window_is_for_batches_that_save_its_time(batch_s: float, item_s: float, waits: bool) -> None:
+    batches: list[list[str]] = []
+
+    async def run(items: list[str]) -> list[str]:
+        batches.append(items)
+        await asyncio.sleep(batch_s + len(items) * item_s)
+        return items
+
+    batcher = MicroBatcher(run, max_items=50, window_s=0.4)
+    await batcher.submit(["alone"])
+    await asyncio.gather(*(batcher.submit([f"one of {n}"]) for n in range(10)))
+    first = asyncio.create_task(batcher.submit(["first"]))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    await asyncio.gather(first, batcher.submit(["second"]))
+    assert batches[2:] == ([["first", "second"]] if waits else [["first"], ["second"]])
+
+
 async def test_errors_come_in_place_where_they_are_asked_for(doubler: Doubler) -> None:
     batcher = MicroBatcher(doubler, max_items=8, window_s=0.001)
     first, failed, last = await batcher.gather([1, 100, 3])
