@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +46,17 @@ def write_world(path: Path, documents: int, queries: int, rare_words: int, rng: 
     """
     rare = ["".join(rng.choices(_SYLLABLES, k=rng.randint(2, 4))) for _ in range(rare_words)]
     words = [*_WORDS.split(), *rare]
-    weights = [1 / (rank + 10) for rank in range(len(words))]
+    cumulative = list(accumulate(1 / (rank + 10) for rank in range(len(words))))
     asked: dict[str, None] = {}
     with path.open("w", encoding="utf-8") as file:
         for number in range(documents):
-            passage = rng.choices(words, weights, k=rng.randint(40, 100))
+            passage = rng.choices(words, cum_weights=cumulative, k=rng.randint(40, 100))
             contents = f'"{" ".join(passage[:2])}"\n{" ".join(passage[2:])}'
             file.write(json.dumps({"id": str(number), "contents": contents}) + "\n")
             if len(asked) < queries:
                 asked[" ".join(rng.sample(passage, 8))] = None
     while len(asked) < queries:
-        asked[" ".join(rng.choices(words, weights, k=8))] = None
+        asked[" ".join(rng.choices(words, cum_weights=cumulative, k=8))] = None
     return tuple(asked)
 
 
