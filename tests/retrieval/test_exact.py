@@ -58,3 +58,25 @@ def test_all_rows_can_be_asked_for(asked: int) -> None:
     search.close()
     assert rows.tolist() == [[4, 3, 2, 1, 0]] * asked
     assert scores.tolist() == [[17.0, 13.0, 9.0, 5.0, 1.0]] * asked
+
+
+def test_no_query_has_no_rows(vectors: np.ndarray) -> None:
+    rows, scores = ExactSearch(vectors, threads=2).search(np.empty((0, WIDTH), np.float32), 3)
+    assert rows.shape == scores.shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("number", "width", "count"), [(5, WIDTH - 1, 1), (5, WIDTH + 1, 1), (5, WIDTH, 0), (0, WIDTH, 1)]
+)
+def test_what_cannot_be_searched_is_refused(number: int, width: int, count: int) -> None:
+    search = ExactSearch(np.ones((number, WIDTH), np.float32), threads=1)
+    with pytest.raises(ValueError, match="expected the same width"):
+        search.search(np.ones((2, width), np.float32), count)
+
+
+def test_a_vector_that_is_no_number_is_never_found(vectors: np.ndarray) -> None:
+    broken = vectors[:100].copy()
+    broken[7] = np.nan
+    rows, scores = ExactSearch(broken, threads=1).search(broken[:1], 100)
+    assert sorted(rows[0].tolist()) == sorted({*range(100), -1} - {7})
+    assert scores[0, -1] == -np.inf

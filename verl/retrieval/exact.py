@@ -51,9 +51,16 @@ class ExactSearch:
         Returns:
             rows (Q, count) int64 and their scores (Q, count) float32; a row that is no number is none, and -1 with a
             score of minus infinity stands for what is missing.
+
+        Raises:
+            ValueError: there are no vectors, the queries are of another width, or `count` is below 1.
         """
-        if not len(self._vectors):
-            raise ValueError("no vectors to search")
+        # The compiled code below looks at what it is given without asking whether it is there.
+        if not len(self._vectors) or queries.shape[1:] != self._vectors.shape[1:] or count < 1:
+            asked_for = f"{count} rows for queries of shape {queries.shape}"
+            raise ValueError(f"{asked_for} among vectors of shape {self._vectors.shape}; expected the same width")
+        if not len(queries):
+            return np.empty((0, count), np.int64), np.empty((0, count), np.float32)
         asked = np.zeros((-(-len(queries) // _GROUP) * _GROUP, queries.shape[1]), np.float32)
         asked[: len(queries)] = queries
         edges = np.linspace(0, len(self._vectors), min(self._threads, len(self._vectors)) + 1).astype(int).tolist()
