@@ -18,17 +18,17 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 from tqdm import tqdm
 
 from verl.errors import DataError, SearchAgentError
+from verl.retrieval.corpus import OnError
 from verl.retrieval.corpus_formats import source_files, text_lines
 from verl.types import Document
 
 logger = logging.getLogger(__name__)
 
-OnError = Literal["raise", "skip"]
 _KEYS = ("title", "content")
 
 

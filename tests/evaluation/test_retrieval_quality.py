@@ -98,6 +98,8 @@ def test_what_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "scifact.zip cannot be read" in capsys.readouterr().err
     assert main([*arguments, "~questions", "~passages"]) == 2
     assert "came without sources; name some, or pass splits=[]" in capsys.readouterr().err
+    assert main([*arguments, "scifact=null", "splits=[]"]) == 2
+    assert "leave nothing to measure" in capsys.readouterr().err
 
 
 def test_a_sample_of_the_pool_holds_what_is_judged_and_others_from_all_over_it(tmp_path: Path) -> None:

@@ -71,6 +71,8 @@ class QualityConfig:
     def __post_init__(self) -> None:
         if not self.retrievers or self.tolerance <= 0:
             raise ValueError(f"retrievers={self.retrievers}, tolerance={self.tolerance}; expected some, and above 0")
+        if self.scifact is None and not self.splits:
+            raise ValueError("scifact=null and splits=[] leave nothing to measure; name one of them")
         if self.splits and not {**self.questions, **self.passages}:
             raise ValueError(f"splits={self.splits} came without sources; name some, or pass splits=[]")
 
