@@ -333,3 +333,9 @@ def test_what_is_opened_is_what_was_built(indexes: Path) -> None:
     assert info["documents"] == 8
     with pytest.raises(DataError, match="was built for another corpus"):
         open_engine(EngineOptions("bm25", (indexes / "bm25",), other))
+
+
+def test_an_index_of_a_hybrid_that_is_not_there_is_named(tmp_path: Path) -> None:
+    indexes = (tmp_path / "none", tmp_path / "neither")
+    with pytest.raises(DataError, match=f"index {indexes[0]}: no such file or folder; build it"):
+        open_engine(EngineOptions("hybrid", indexes, open_corpus(tmp_path).path))

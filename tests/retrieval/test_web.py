@@ -480,3 +480,10 @@ def test_a_wrong_web_config_is_refused(wrong: dict[str, Any], reason: str) -> No
 def test_a_wrong_fetch_config_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         FetchConfig(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("config", "most"), [({}, 100), ({"rate": 50.0}, 1000), ({"rate": 0.01}, 1), ({"concurrency": 3}, 3)]
+)
+def test_by_default_the_rate_alone_keeps_queries_waiting(config: dict[str, Any], most: int) -> None:
+    assert FetchConfig(**config).most_at_once == most

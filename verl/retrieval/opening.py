@@ -259,6 +259,8 @@ def _retriever_of(path: Path) -> str:
     Raises:
         DataError: there is no index, or a bare FAISS file, which does not say whose vectors it holds.
     """
+    if not path.exists():
+        raise DataError(f"index {path}: no such file or folder; build it with `python -m verl.retrieval.build`")
     folder = _folder(path)
     if not (folder / INFO_NAME).exists():
         if any(folder.glob("segments_*")):

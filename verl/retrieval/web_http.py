@@ -36,8 +36,8 @@ class FetchConfig:
     Attributes:
         rate: requests in any second, retries included; a whole number of them or an even spacing (see
             `verl.retrieval.rate_limit`). It is one process's rate: with several server processes, divide.
-        concurrency: requests on their way at the same time. The default lets as many hang until their timeout as the
-            rate lets go, so that the rate alone keeps a query waiting.
+        concurrency: requests on their way at the same time; when None, as many as the rate lets go within the timeout,
+            so that the rate alone keeps a query waiting.
         timeout_s: for one attempt, from connecting to the last byte.
         attempts: most requests for one answer.
         backoff_s: mean wait before the second attempt; it doubles with every further one.
@@ -47,7 +47,7 @@ class FetchConfig:
     """
 
     rate: float = 5.0
-    concurrency: int = 100
+    concurrency: int | None = None
     timeout_s: float = 20.0
     attempts: int = 4
     backoff_s: float = 0.5
@@ -56,14 +56,20 @@ class FetchConfig:
 
     def __post_init__(self) -> None:
         for name in ("concurrency", "attempts", "max_body_bytes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"web {name}={getattr(self, name)}; expected at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"web {name}={value}; expected at least 1")
         for name in ("rate", "timeout_s"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ConfigError(f"web {name}={getattr(self, name)}; expected a positive number")
         for name in ("backoff_s", "max_wait_s"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ConfigError(f"web {name}={getattr(self, name)}; expected 0 or more seconds")
+
+    @property
+    def most_at_once(self) -> int:
+        """Requests that may be on their way at the same time."""
+        return self.concurrency or math.ceil(self.rate * self.timeout_s)
 
 
 class Secrets:
@@ -123,7 +129,7 @@ class Fetcher:
         self._clock = clock
         self._sleep = sleep
         self._limiter = SlidingWindow.per_second(config.rate, clock, sleep)
-        self._slots = asyncio.Semaphore(config.concurrency)
+        self._slots = asyncio.Semaphore(config.most_at_once)
         self._blocked_until = -math.inf
         self._jitter = random.Random()  # only spreads retries in time; no result depends on it
         self._http = httpx.AsyncClient(
@@ -297,7 +303,7 @@ def _network(base_url: str, config: FetchConfig) -> httpx.AsyncBaseTransport:
     if parts.hostname not in _LOOPBACK and not urllib.request.proxy_bypass(parts.hostname or ""):
         proxies = urllib.request.getproxies()
         proxy = proxies.get(parts.scheme) or proxies.get("all")
-    limits = httpx.Limits(max_connections=config.concurrency)
+    limits = httpx.Limits(max_connections=config.most_at_once)
     try:
         return httpx.AsyncHTTPTransport(proxy=proxy, limits=limits)
     except (ValueError, ImportError) as error:  # an address that is none, or a kind of proxy that needs a package
