@@ -16,6 +16,7 @@ R = TypeVar("R")
 _CROWD = 8
 """So many callers at the end of a batch are worth waiting for."""
 _FORGETTING = 1.05
+"""How much an item alone may have become slower since the one before, for the least time not to stand for ever."""
 
 Run = Callable[[list[T]], Coroutine[Any, Any, Sequence[R | Exception]]]
 

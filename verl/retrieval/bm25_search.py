@@ -5,7 +5,7 @@ the order of the query, so that every score is to the last bit what adding up wh
 the sums that could still be among the best are picked out. Adding up is a few instructions an entry, all of them in a
 row. Skipping through long lists instead (MaxScore; Turtle and Flood 1995) was measured too: it reads fewer entries, but
 looks documents up one by one, almost as many as could be among the best by their rare words. With queries of eight
-words over 100,000 and 1 M passages it took two and a half times as long, with six rarer words as long as this.
+words over 100,000 passages it took two and a half times as long, with six rarer words over 1 M as long as this.
 """
 
 from __future__ import annotations

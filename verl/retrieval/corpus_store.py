@@ -164,7 +164,7 @@ class ArrowStore:
 
 
 class _Column:
-    """The strings of one column of one batch: a view of its buffers, which takes a tenth of the time of Arrow's own."""
+    """The strings of one column of one batch: a view of its buffers, a third faster than Arrow's scalars."""
 
     __slots__ = ("_offsets", "_text")
 
